@@ -1,0 +1,13 @@
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
+run: setup ## Build pyro and run a real command in a real microVM
+	cargo run --quiet --release -p pyro-cli -- run debian:12 -- git --version
+test: setup ## Run every test, with real microVMs
+	cargo test --workspace
+check: ## Format, lints, dependency policy, docs
+	scripts/check.sh
+bench: setup ## Measure what SPECIFICATION.md promises
+	cargo bench --workspace
+setup: ## Install what a fresh Debian machine lacks
+	@scripts/setup.sh
+.PHONY: help run test check bench setup

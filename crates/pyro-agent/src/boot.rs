@@ -1,0 +1,201 @@
+//! From the first instruction of init to a guest root that commands can run in.
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change, mount_move};
+use rustix::thread::UnshareFlags;
+
+use crate::cgroup::GuestCgroup;
+
+/// Where the writable disk is mounted, in the agent's own namespace.
+pub(crate) const DISK: &str = "/upper";
+/// Where the guest's root is mounted, in the agent's own namespace.
+pub(crate) const ROOT: &str = "/guest";
+
+/// A booted guest.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    /// The mount namespace in which commands run.
+    pub(crate) namespace: OwnedFd,
+    pub(crate) cgroup: GuestCgroup,
+    pub(crate) init_micros: u64,
+    pub(crate) root_micros: u64,
+}
+
+/// What failed, and in which phase.
+#[derive(Debug)]
+pub(crate) struct BootError {
+    pub(crate) phase: &'static str,
+    pub(crate) cause: String,
+}
+
+/// Names the phase of an error.
+trait Phase<T> {
+    fn phase(self, phase: &'static str, what: &str) -> Result<T, BootError>;
+}
+
+impl<T, E: Into<io::Error>> Phase<T> for Result<T, E> {
+    fn phase(self, phase: &'static str, what: &str) -> Result<T, BootError> {
+        self.map_err(|error| BootError { phase, cause: format!("{what}: {}", error.into()) })
+    }
+}
+
+pub(crate) fn boot() -> Result<Guest, BootError> {
+    let init_micros = uptime_micros();
+    for directory in ["/dev", "/proc", "/sys", "/base", "/cgroup", DISK, ROOT] {
+        make_directory(directory).phase("init", directory)?;
+    }
+    // devtmpfs may be there already, where the kernel mounts it by itself.
+    match attach("devtmpfs", "/dev", "devtmpfs", MountFlags::NOSUID, "mode=0755") {
+        Ok(()) | Err(Errno::BUSY) => {}
+        Err(error) => Err(error).phase("init", "/dev")?,
+    }
+    let hardened = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+    attach("proc", "/proc", "proc", hardened, "").phase("init", "/proc")?;
+    attach("sysfs", "/sys", "sysfs", hardened, "").phase("init", "/sys")?;
+    protect_from_oom().phase("init", "oom_score_adj")?;
+    load_modules()?;
+    mount_root()?;
+    let cgroup = GuestCgroup::new().phase("cgroup", "/cgroup")?;
+    let namespace = guest_namespace()?;
+    raise_loopback();
+    Ok(Guest { namespace, cgroup, init_micros, root_micros: uptime_micros() })
+}
+
+/// The kernel never picks the agent when memory runs out; commands get the ordinary score back.
+fn protect_from_oom() -> io::Result<()> {
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open("/proc/self/oom_score_adj")
+        .and_then(|mut file| io::Write::write_all(&mut file, b"-1000"))
+}
+
+fn load_modules() -> Result<(), BootError> {
+    let order = File::open("/modules/order").and_then(io::read_to_string).phase("modules", "/modules/order")?;
+    for name in order.lines().filter(|line| !line.is_empty()) {
+        let file = File::open(format!("/modules/{name}")).phase("modules", name)?;
+        match rustix::system::finit_module(&file, c"", 0) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => Err(error).phase("modules", name)?,
+        }
+    }
+    Ok(())
+}
+
+/// The read-only image below, the private disk above.
+fn mount_root() -> Result<(), BootError> {
+    // Which virtio disk comes first is the VMM's affair: the image is the one that mounts as EROFS.
+    let mut disk = "/dev/vdb";
+    if let Err(first) = attach("/dev/vda", "/base", "erofs", MountFlags::RDONLY, "") {
+        disk = "/dev/vda";
+        attach("/dev/vdb", "/base", "erofs", MountFlags::RDONLY, "")
+            .map_err(|_second| first)
+            .phase("root", "the read-only image")?;
+    }
+    // Without noinit_itable a kernel thread would write the inode tables of every fresh disk.
+    attach(disk, DISK, "ext4", MountFlags::NOATIME, "noinit_itable").phase("root", "the writable disk")?;
+    for directory in ["upper", "work"] {
+        make_directory(&format!("{DISK}/{directory}")).phase("root", directory)?;
+    }
+    let layers = format!("lowerdir=/base,upperdir={DISK}/upper,workdir={DISK}/work");
+    attach("overlay", ROOT, "overlay", MountFlags::NOATIME, &layers).phase("root", "the overlay")
+}
+
+/// Makes the namespace that commands run in: the guest's root is its root, not a chroot, so that a guest may
+/// make namespaces of its own, and nothing of the agent can be seen from it.
+fn guest_namespace() -> Result<OwnedFd, BootError> {
+    let own = File::open("/proc/self/ns/mnt").phase("namespace", "/proc/self/ns/mnt")?;
+    unshare_mounts().phase("namespace", "unshare")?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .phase("namespace", "private")?;
+    let hardened = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+    let mounts = [
+        ("proc", "proc", "proc", hardened, ""),
+        ("sysfs", "sys", "sysfs", hardened, ""),
+        ("cgroup2", "sys/fs/cgroup", "cgroup2", hardened, ""),
+        ("devtmpfs", "dev", "devtmpfs", MountFlags::NOSUID, "mode=0755"),
+        ("devpts", "dev/pts", "devpts", MountFlags::NOSUID | MountFlags::NOEXEC, "gid=5,mode=620,ptmxmode=666"),
+        ("tmpfs", "dev/shm", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=1777"),
+        ("tmpfs", "run", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=0755"),
+    ];
+    for (source, target, kind, flags, data) in mounts {
+        let target = format!("{ROOT}/{target}");
+        make_directory(&target).phase("namespace", &target)?;
+        attach(source, &target, kind, flags, data).phase("namespace", &target)?;
+    }
+    make_directory(&format!("{ROOT}/workspace")).phase("namespace", "/workspace")?;
+    make_directory(&format!("{ROOT}/tmp")).phase("namespace", "/tmp")?;
+    for (link, target) in
+        [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
+    {
+        match rustix::fs::symlink(target, format!("{ROOT}/dev/{link}")) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => Err(error).phase("namespace", link)?,
+        }
+    }
+    rustix::process::chdir(ROOT).phase("namespace", "chdir")?;
+    mount_move(".", "/").phase("namespace", "move")?;
+    let guest = rustix::fs::openat(CWD, "/proc/self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .phase("namespace", "open")?;
+    // Setting the namespace also sets the root and the working directory back to the initramfs.
+    rustix::thread::move_into_link_name_space(
+        std::os::fd::AsFd::as_fd(&own),
+        Some(rustix::thread::LinkNameSpaceType::Mount),
+    )
+    .phase("namespace", "return")?;
+    Ok(guest)
+}
+
+#[expect(unsafe_code, reason = "unshare of the file system attributes needs a single thread")]
+fn unshare_mounts() -> rustix::io::Result<()> {
+    // SAFETY: no other thread exists yet, so none can lose its file descriptors or its directory.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }
+}
+
+/// Sets 127.0.0.1 up; a guest without it still runs commands.
+#[expect(unsafe_code, reason = "rustix has no call for interface flags")]
+fn raise_loopback() {
+    let Ok(socket) =
+        rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)
+    else {
+        return;
+    };
+    // SAFETY: all-zero is a valid ifreq; the call reads the name and the flags of it.
+    unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        request.ifr_name[0] = b'l'.cast_signed();
+        request.ifr_name[1] = b'o'.cast_signed();
+        request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_UP | libc::IFF_RUNNING).unwrap_or_default();
+        libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&socket), libc::SIOCSIFFLAGS, &request);
+    }
+}
+
+fn attach(
+    source: &str,
+    target: &str,
+    kind: &str,
+    flags: MountFlags,
+    data: &str,
+) -> Result<(), Errno> {
+    let data = CString::new(data).map_err(|_nul| Errno::INVAL)?;
+    mount(source, target, kind, flags, Some::<&CStr>(&data))
+}
+
+fn make_directory(path: &str) -> io::Result<()> {
+    match rustix::fs::mkdir(path, Mode::from_raw_mode(0o755)) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn uptime_micros() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let seconds = Duration::from_secs(time.tv_sec.unsigned_abs());
+    u64::try_from((seconds + Duration::from_nanos(time.tv_nsec.unsigned_abs())).as_micros()).unwrap_or(u64::MAX)
+}

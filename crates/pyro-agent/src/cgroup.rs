@@ -1,0 +1,112 @@
+//! Control groups: what keeps a fork bomb or a memory hog from taking the agent with it.
+//!
+//! `/cgroup/guest` holds all commands together and leaves a share of the memory and of the process numbers to
+//! the agent; below it each command has a group of its own, by which all of its processes are killed at once.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::mount::{MountFlags, mount};
+
+const MOUNT: &str = "/cgroup";
+
+/// Memory that commands cannot take: the kernel's own needs and the agent, in bytes.
+const RESERVE: u64 = 40 << 20;
+
+/// The group of all commands.
+#[derive(Debug)]
+pub(crate) struct GuestCgroup {
+    next: AtomicU64,
+    /// Groups of commands that have ended and left processes in the background.
+    left: Arc<Mutex<Vec<PathBuf>>>,
+}
+
+/// The group of one command.
+#[derive(Debug)]
+pub(crate) struct ExecCgroup {
+    path: PathBuf,
+    left: Arc<Mutex<Vec<PathBuf>>>,
+}
+
+impl GuestCgroup {
+    pub(crate) fn new() -> io::Result<Self> {
+        let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+        mount("cgroup2", MOUNT, "cgroup2", flags, None)?;
+        set(&format!("{MOUNT}/cgroup.subtree_control"), "+memory +pids")?;
+        let guest = format!("{MOUNT}/guest");
+        make(&guest)?;
+        let memory = total_memory()?;
+        set(&format!("{guest}/memory.max"), &memory.saturating_sub(RESERVE).max(64 << 20).to_string())?;
+        // A process costs the kernel some 100 KiB at least; the memory limit decides where this is generous.
+        set(&format!("{guest}/pids.max"), &(memory >> 19).clamp(512, 16_384).to_string())?;
+        set(&format!("{guest}/cgroup.subtree_control"), "+memory +pids")?;
+        Ok(Self { next: AtomicU64::new(0), left: Arc::default() })
+    }
+
+    /// A fresh group for one command; removes those of earlier commands that are empty by now.
+    pub(crate) fn exec(&self) -> io::Result<ExecCgroup> {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        // The kernel refuses to remove a group that still holds a process.
+        left.retain(|path| std::fs::remove_dir(path).is_err());
+        drop(left);
+        let path = PathBuf::from(format!("{MOUNT}/guest/{}", self.next.fetch_add(1, Ordering::Relaxed)));
+        make(&path.to_string_lossy())?;
+        Ok(ExecCgroup { path, left: Arc::clone(&self.left) })
+    }
+
+    /// Kills every process of every command.
+    pub(crate) fn kill_all(&self) {
+        drop(set(&format!("{MOUNT}/guest/cgroup.kill"), "1"));
+    }
+}
+
+impl ExecCgroup {
+    /// The file into which a child writes `0` to join.
+    pub(crate) fn procs(&self) -> io::Result<File> {
+        OpenOptions::new().write(true).open(self.path.join("cgroup.procs"))
+    }
+
+    /// Kills every process of the command, whatever session it has moved to.
+    pub(crate) fn kill(&self) {
+        drop(set(&self.path.join("cgroup.kill").to_string_lossy(), "1"));
+    }
+
+    /// How many processes of the command the kernel has killed for want of memory.
+    pub(crate) fn oom_kills(&self) -> u64 {
+        let events = File::open(self.path.join("memory.events")).and_then(io::read_to_string);
+        let count = |text: &str| text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.parse().ok();
+        events.ok().as_deref().and_then(count).unwrap_or(0)
+    }
+}
+
+impl Drop for ExecCgroup {
+    fn drop(&mut self) {
+        // Where a process that the command left in the background still lives, the group stays with it.
+        if std::fs::remove_dir(&self.path).is_err() {
+            self.left.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.path));
+        }
+    }
+}
+
+fn make(path: &str) -> io::Result<()> {
+    match rustix::fs::mkdir(path, rustix::fs::Mode::from_raw_mode(0o755)) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn set(path: &str, value: &str) -> io::Result<()> {
+    OpenOptions::new()
+        .write(true)
+        .open(path)
+        .and_then(|mut file| file.write_all(value.as_bytes()))
+        .map_err(|error| io::Error::new(error.kind(), format!("{path}: {error}")))
+}
+
+fn total_memory() -> io::Result<u64> {
+    let info = rustix::system::sysinfo();
+    Ok(u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit.max(1))))
+}

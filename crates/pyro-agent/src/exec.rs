@@ -1,0 +1,318 @@
+//! One command: start it in the guest's root, move its bytes, tell its end.
+//!
+//! Output goes from the process's pipe into the reply stream one chunk at a time; a reader that stalls stops
+//! the process, not the agent. The command's own end is that of its main process: what it left in the
+//! background lives on, and its output is no longer awaited.
+
+use std::ffi::{CString, OsStr};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use pyro_proto::{
+    ExecEvent, ExecExited, ExecInput, ExecRefused, ExecStart, ExecStarted, exec_event, exec_exited, exec_input,
+    exec_refused, limits,
+};
+use rustix::process::{Pid, Signal};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{sleep_until, timeout};
+use tonic::{Status, Streaming};
+
+use crate::boot::{DISK, Guest};
+use crate::cgroup::ExecCgroup;
+use crate::reaper::Reaper;
+
+/// How long output of background processes is awaited after the main process has ended and the pipe is empty.
+const LINGER: Duration = Duration::from_millis(100);
+
+/// A disk with less than this is full, in bytes: ext4 keeps a few blocks back.
+const DISK_FULL: u64 = 64 << 10;
+
+type Events = mpsc::Sender<Result<ExecEvent, Status>>;
+
+/// A start request that was found to be sound.
+#[derive(Debug)]
+pub(crate) struct Command {
+    start: ExecStart,
+    cwd: CString,
+}
+
+impl Command {
+    pub(crate) fn check(start: ExecStart) -> Result<Self, String> {
+        if start.argv.is_empty() == start.shell.is_empty() {
+            return Err("give either argv or a shell string".to_owned());
+        }
+        let words = start.argv.iter().chain([&start.shell, &start.cwd]);
+        let vars = start.env.iter().flat_map(|var| [&var.name, &var.value]);
+        let mut total = 0;
+        for word in words.chain(vars) {
+            total += word.len() + 1;
+            if word.contains(&0) {
+                return Err("an argument holds a zero byte".to_owned());
+            }
+            if word.len() >= limits::ARGUMENT {
+                return Err(format!("an argument is longer than {} bytes", limits::ARGUMENT));
+            }
+        }
+        if total > limits::ARGUMENTS {
+            return Err(format!("the arguments are longer than {} bytes together", limits::ARGUMENTS));
+        }
+        if start.env.iter().any(|var| var.name.is_empty() || var.name.contains(&b'=')) {
+            return Err("a variable's name is empty or holds '='".to_owned());
+        }
+        if !start.cwd.starts_with(b"/") {
+            return Err("cwd must be an absolute path".to_owned());
+        }
+        let cwd = CString::new(start.cwd.to_vec()).map_err(|error| error.to_string())?;
+        Ok(Self { start, cwd })
+    }
+}
+
+/// Starts a command; its events come on the channel, `exited` or `refused` as the last. Dropping the receiver
+/// kills the command.
+pub(crate) fn run(
+    guest: Arc<Guest>,
+    reaper: Reaper,
+    command: Command,
+    inputs: Streaming<ExecInput>,
+) -> mpsc::Receiver<Result<ExecEvent, Status>> {
+    let (events, receiver) = mpsc::channel(4);
+    drop(tokio::spawn(async move {
+        let last = match Running::start(&guest, &reaper, &command) {
+            Ok(running) => exec_event::Kind::Exited(running.finish(&command, inputs, &events).await),
+            Err(refused) => exec_event::Kind::Refused(refused),
+        };
+        drop(events.send(Ok(ExecEvent { kind: Some(last) })).await);
+    }));
+    receiver
+}
+
+struct Running {
+    pid: Pid,
+    began: Instant,
+    cgroup: ExecCgroup,
+    ended: tokio::sync::oneshot::Receiver<std::process::ExitStatus>,
+    stdin: Option<pipe::Sender>,
+    stdout: pipe::Receiver,
+    stderr: pipe::Receiver,
+}
+
+impl Running {
+    /// There is no `await` between making the group, the fork and the registration with the reaper.
+    fn start(guest: &Guest, reaper: &Reaper, command: &Command) -> Result<Self, ExecRefused> {
+        let other = |error: io::Error| refused(&error, "the agent could not prepare the command");
+        let cgroup = guest.cgroup.exec().map_err(other)?;
+        let procs = cgroup.procs().map_err(other)?;
+        let namespace = guest.namespace.try_clone().map_err(other)?;
+        let mut process = prepare(command);
+        process.stdin(if command.start.stdin { Stdio::piped() } else { Stdio::null() });
+        let cwd = command.cwd.clone();
+        let hook = move || enter(&procs.as_fd(), &namespace, &cwd);
+        #[expect(unsafe_code, reason = "code between fork and exec")]
+        // SAFETY: the hook makes system calls only.
+        unsafe {
+            process.pre_exec(hook)
+        };
+        let began = Instant::now();
+        #[expect(clippy::disallowed_methods, reason = "commands belong to the guest, not to their parent")]
+        let mut child = process.spawn().map_err(|error| {
+            let what = if error.raw_os_error() == Some(NO_DIRECTORY) {
+                return ExecRefused {
+                    reason: exec_refused::Reason::NoSuchDirectory.into(),
+                    message: format!("no such directory: {}", command.cwd.to_string_lossy()),
+                };
+            } else {
+                process.get_program().to_string_lossy().into_owned()
+            };
+            refused(&error, &what)
+        })?;
+        let pid = Pid::from_child(&child);
+        let ended = reaper.watch(pid);
+        let stdin = child.stdin.take().map(OwnedFd::from).map(pipe::Sender::from_owned_fd);
+        let missing = || io::Error::other("a pipe is missing");
+        let stdout = child.stdout.take().map(OwnedFd::from).ok_or_else(missing);
+        let stderr = child.stderr.take().map(OwnedFd::from).ok_or_else(missing);
+        let stdout = stdout.and_then(pipe::Receiver::from_owned_fd).map_err(other)?;
+        let stderr = stderr.and_then(pipe::Receiver::from_owned_fd).map_err(other)?;
+        let stdin = stdin.transpose().map_err(other)?;
+        Ok(Self { pid, began, cgroup, ended, stdin, stdout, stderr })
+    }
+
+    async fn finish(mut self, command: &Command, inputs: Streaming<ExecInput>, events: &Events) -> ExecExited {
+        let pid = u32::try_from(self.pid.as_raw_nonzero().get()).unwrap_or(0);
+        let started = exec_event::Kind::Started(ExecStarted { pid });
+        drop(events.send(Ok(ExecEvent { kind: Some(started) })).await);
+        let (tell_end, end) = watch::channel(false);
+        let out = tokio::spawn(pump(self.stdout, events.clone(), end.clone(), exec_event::Kind::Stdout));
+        let err = tokio::spawn(pump(self.stderr, events.clone(), end, exec_event::Kind::Stderr));
+        let input = tokio::spawn(feed(inputs, self.stdin.take(), self.pid));
+
+        let deadline = deadline(self.began, command.start.timeout_millis);
+        let mut timed_out = false;
+        let status = tokio::select! {
+            status = &mut self.ended => status.ok(),
+            () = events.closed() => {
+                self.cgroup.kill();
+                (&mut self.ended).await.ok()
+            }
+            () = sleep_until(deadline.into()) => {
+                timed_out = true;
+                _ = rustix::process::kill_process_group(self.pid, Signal::TERM);
+                let grace = Duration::from_millis(command.start.kill_after_millis);
+                if let Ok(status) = timeout(grace, &mut self.ended).await {
+                    status.ok()
+                } else {
+                    self.cgroup.kill();
+                    (&mut self.ended).await.ok()
+                }
+            }
+        };
+        if timed_out {
+            // Whatever of it went into the background or ignored the signal has had its time too.
+            self.cgroup.kill();
+        }
+        let duration_micros = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let exited = ExecExited {
+            status: Some(exit_status(status)),
+            timed_out,
+            oom_kills: self.cgroup.oom_kills(),
+            disk_full: disk_is_full(),
+            duration_micros,
+        };
+        _ = tell_end.send(true);
+        input.abort();
+        // A reader that has gone away ends the pumps as well, so neither can wait for ever.
+        drop(out.await);
+        drop(err.await);
+        exited
+    }
+}
+
+/// The program, its arguments and its environment.
+fn prepare(command: &Command) -> std::process::Command {
+    let start = &command.start;
+    let mut process = if let Some((program, rest)) = start.argv.split_first() {
+        let mut process = std::process::Command::new(OsStr::from_bytes(program));
+        process.args(rest.iter().map(|word| OsStr::from_bytes(word)));
+        process
+    } else {
+        let mut process = std::process::Command::new("/bin/sh");
+        process.arg("-lc").arg(OsStr::from_bytes(&start.shell));
+        process
+    };
+    process
+        .env_clear()
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("HOME", "/root")
+        .env("USER", "root")
+        .env("LOGNAME", "root")
+        .env("LANG", "C.UTF-8")
+        .envs(start.env.iter().map(|var| (OsStr::from_bytes(&var.name), OsStr::from_bytes(&var.value))))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    process
+}
+
+/// A missing working directory and a missing program are the same error number; this one tells them apart.
+const NO_DIRECTORY: i32 = libc::ENOTBLK;
+
+/// What the child does before it becomes the command.
+fn enter(procs: &impl AsFd, namespace: &OwnedFd, cwd: &CString) -> io::Result<()> {
+    rustix::io::write(procs, b"0")?;
+    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
+    let score = rustix::fs::open(c"/proc/self/oom_score_adj", flags, rustix::fs::Mode::empty())?;
+    rustix::io::write(&score, b"0")?;
+    rustix::thread::move_into_link_name_space(
+        namespace.as_fd(),
+        Some(rustix::thread::LinkNameSpaceType::Mount),
+    )?;
+    rustix::process::setsid()?;
+    rustix::process::chdir(cwd).map_err(|_error| io::Error::from_raw_os_error(NO_DIRECTORY))?;
+    Ok(())
+}
+
+/// Moves one stream until its end, or until it is quiet after the main process has ended.
+async fn pump(
+    mut from: pipe::Receiver,
+    events: Events,
+    mut end: watch::Receiver<bool>,
+    wrap: fn(Bytes) -> exec_event::Kind,
+) {
+    loop {
+        let mut chunk = BytesMut::with_capacity(limits::CHUNK);
+        let read = if *end.borrow() {
+            timeout(LINGER, from.read_buf(&mut chunk)).await.unwrap_or(Ok(0))
+        } else {
+            tokio::select! {
+                read = from.read_buf(&mut chunk) => read,
+                _ = end.changed() => continue,
+            }
+        };
+        if !matches!(read, Ok(1..)) {
+            return;
+        }
+        if events.send(Ok(ExecEvent { kind: Some(wrap(chunk.freeze())) })).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Gives the host's bytes and signals to the command.
+async fn feed(mut inputs: Streaming<ExecInput>, mut stdin: Option<pipe::Sender>, group: Pid) {
+    while let Ok(Some(input)) = inputs.message().await {
+        match input.kind {
+            Some(exec_input::Kind::Stdin(bytes)) => {
+                if let Some(pipe) = &mut stdin
+                    && pipe.write_all(&bytes).await.is_err()
+                {
+                    // The command closed its stdin; the rest is thrown away.
+                    stdin = None;
+                }
+            }
+            Some(exec_input::Kind::StdinEnd(_)) => stdin = None,
+            Some(exec_input::Kind::Signal(number)) => {
+                if let Some(signal) = i32::try_from(number).ok().and_then(Signal::from_named_raw) {
+                    _ = rustix::process::kill_process_group(group, signal);
+                }
+            }
+            Some(exec_input::Kind::Start(_)) | None => {}
+        }
+    }
+}
+
+fn deadline(began: Instant, timeout_millis: u64) -> Instant {
+    const NEVER: Duration = Duration::from_secs(365 * 86_400);
+    let limit = if timeout_millis == 0 { NEVER } else { Duration::from_millis(timeout_millis).min(NEVER) };
+    began + limit
+}
+
+fn exit_status(status: Option<std::process::ExitStatus>) -> exec_exited::Status {
+    let number = |value: i32| u32::try_from(value).unwrap_or(0);
+    match status.map(|status| (status.code(), status.signal())) {
+        Some((Some(code), _)) => exec_exited::Status::Code(number(code)),
+        Some((None, Some(signal))) => exec_exited::Status::Signal(number(signal)),
+        _ => exec_exited::Status::Signal(number(libc::SIGKILL)),
+    }
+}
+
+fn disk_is_full() -> bool {
+    rustix::fs::statvfs(DISK).is_ok_and(|disk| disk.f_bavail.saturating_mul(disk.f_frsize) < DISK_FULL)
+}
+
+fn refused(error: &io::Error, what: &str) -> ExecRefused {
+    let reason = match error.kind() {
+        io::ErrorKind::NotFound => exec_refused::Reason::NotFound,
+        io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory => exec_refused::Reason::NotExecutable,
+        io::ErrorKind::WouldBlock | io::ErrorKind::OutOfMemory => exec_refused::Reason::NoResources,
+        _ if error.raw_os_error() == Some(libc::ENOEXEC) => exec_refused::Reason::NotExecutable,
+        _ => exec_refused::Reason::Other,
+    };
+    ExecRefused { reason: reason.into(), message: format!("{what}: {error}") }
+}

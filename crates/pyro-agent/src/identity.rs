@@ -1,0 +1,93 @@
+//! What makes this guest unlike every other: entropy, clock, hostname, machine-id.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+
+use pyro_proto::{IdentifyRequest, limits};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use rustix::time::{ClockId, Timespec, clock_settime};
+
+use crate::boot::ROOT;
+
+/// Why an identity was not taken.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum IdentityError {
+    #[error("{field} is not as the protocol says")]
+    Malformed { field: &'static str },
+    #[error("the kernel refused the {what}: {source}")]
+    Refused { what: &'static str, source: io::Error },
+}
+
+/// Takes the whole identity or says which part failed.
+pub(crate) fn assume(request: &IdentifyRequest) -> Result<(), IdentityError> {
+    check(request)?;
+    let refused = |what| move |source: io::Error| IdentityError::Refused { what, source };
+    add_entropy(&request.entropy).map_err(refused("entropy"))?;
+    set_clock(request.realtime_nanos).map_err(refused("clock"))?;
+    rustix::system::sethostname(request.hostname.as_bytes())
+        .map_err(|error| refused("hostname")(error.into()))?;
+    write_in_root("etc/hostname", &format!("{}\n", request.hostname)).map_err(refused("hostname file"))?;
+    write_in_root("etc/machine-id", &format!("{}\n", request.machine_id)).map_err(refused("machine-id"))?;
+    Ok(())
+}
+
+fn check(request: &IdentifyRequest) -> Result<(), IdentityError> {
+    let hostname = request.hostname.as_bytes();
+    let allowed = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || *byte == b'-';
+    if !limits::ENTROPY.contains(&request.entropy.len()) {
+        return Err(IdentityError::Malformed { field: "entropy" });
+    }
+    if !(1..=63).contains(&hostname.len()) || !hostname.iter().all(allowed) {
+        return Err(IdentityError::Malformed { field: "hostname" });
+    }
+    let hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    if request.machine_id.len() != 32 || !request.machine_id.bytes().all(hex) {
+        return Err(IdentityError::Malformed { field: "machine_id" });
+    }
+    Ok(())
+}
+
+/// Credits the bytes and makes the kernel use them now: two guests restored from one snapshot would otherwise
+/// draw the same random numbers.
+#[expect(unsafe_code, reason = "the two ioctls of /dev/random")]
+fn add_entropy(entropy: &[u8]) -> io::Result<()> {
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+
+    let random = File::options().write(true).open("/dev/random")?;
+    // struct rand_pool_info: bits credited, bytes that follow, the bytes. A vector of i32 is aligned for it.
+    let mut pool = vec![0_i32; 2 + entropy.len().div_ceil(4)];
+    pool[0] = i32::try_from(entropy.len() * 8).unwrap_or(0);
+    pool[1] = i32::try_from(entropy.len()).unwrap_or(0);
+    for (word, bytes) in pool[2..].iter_mut().zip(entropy.chunks(4)) {
+        let mut four = [0; 4];
+        four[..bytes.len()].copy_from_slice(bytes);
+        *word = i32::from_ne_bytes(four);
+    }
+    // SAFETY: the pool is as long as its second word says, and outlives the call.
+    if unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, pool.as_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: this ioctl takes no argument.
+    if unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn set_clock(nanos: u64) -> io::Result<()> {
+    let seconds = i64::try_from(nanos / 1_000_000_000).unwrap_or(i64::MAX);
+    let rest = i64::try_from(nanos % 1_000_000_000).unwrap_or(0);
+    Ok(clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: rest })?)
+}
+
+/// Writes a file of the guest's root. A disk that was used before may hold any symlink there, so the path is
+/// resolved as if that root were the whole file system.
+fn write_in_root(path: &str, text: &str) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::openat(CWD, ROOT, flags, Mode::empty())?;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = openat2(root, path, flags, Mode::from_raw_mode(0o644), ResolveFlags::IN_ROOT)?;
+    File::from(file).write_all(text.as_bytes())
+}

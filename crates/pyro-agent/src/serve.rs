@@ -1,0 +1,134 @@
+//! Conversations with the host, one after another over the one port.
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use pyro_proto::agent_server::{Agent, AgentServer};
+use pyro_proto::resync::{self, Step};
+use pyro_proto::{
+    ExecEvent, ExecInput, GENERATION, HelloReply, HelloRequest, IdentifyReply, IdentifyRequest,
+    PowerOffReply, PowerOffRequest, exec_input, limits,
+};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::boot::Guest;
+use crate::port::{FromHost, ToHost};
+use crate::reaper::Reaper;
+use crate::{exec, identity, port, power};
+
+/// Serves until the guest ends.
+pub(crate) async fn serve(guest: Guest) -> io::Result<()> {
+    let (mut from_host, mut to_host) = port::open()?;
+    let service = Service {
+        guest: Arc::new(guest),
+        reaper: Reaper::start()?,
+        identified: Arc::new(AtomicBool::new(false)),
+    };
+    loop {
+        meet(&mut from_host, &mut to_host).await?;
+        let agent = AgentServer::new(service.clone())
+            .max_decoding_message_size(limits::MESSAGE)
+            .max_encoding_message_size(limits::MESSAGE);
+        // A connection ends when the host is gone or speaks nonsense; the next one begins with a resync.
+        let stream = tokio::io::join(&mut from_host, &mut to_host);
+        drop(
+            hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                .timer(TokioTimer::new())
+                .initial_stream_window_size(limits::STREAM_WINDOW)
+                .initial_connection_window_size(limits::CONNECTION_WINDOW)
+                .max_concurrent_streams(limits::STREAMS)
+                .max_header_list_size(limits::HEADERS)
+                .max_send_buf_size(limits::CHUNK * 2)
+                .keep_alive_interval(Some(Duration::from_secs(20)))
+                .keep_alive_timeout(Duration::from_secs(60))
+                .serve_connection(TokioIo::new(stream), TowerToHyperService::new(agent))
+                .await,
+        );
+    }
+}
+
+/// Reads until the host and the guest agree where a conversation begins.
+async fn meet(from_host: &mut FromHost, to_host: &mut ToHost) -> io::Result<()> {
+    let mut guest = resync::Guest::default();
+    loop {
+        let available = poll_fn(|context| Pin::new(&mut *from_host).poll_fill_buf(context).map_ok(<[u8]>::len));
+        if available.await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let (taken, step) = guest.feed(from_host.fill_buf().await?);
+        from_host.consume(taken);
+        match step {
+            Step::Read => {}
+            Step::Write(kind, nonce) => {
+                to_host.write_all(&resync::mark(kind, &nonce)).await?;
+                to_host.flush().await?;
+            }
+            Step::WriteAndBegin(kind, nonce) => {
+                to_host.write_all(&resync::mark(kind, &nonce)).await?;
+                return to_host.flush().await;
+            }
+            Step::Begin => return Ok(()),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Service {
+    guest: Arc<Guest>,
+    reaper: Reaper,
+    identified: Arc<AtomicBool>,
+}
+
+#[tonic::async_trait]
+impl Agent for Service {
+    type ExecStream = ReceiverStream<Result<ExecEvent, Status>>;
+
+    async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
+        if request.get_ref().generation == 0 {
+            return Err(Status::invalid_argument("generation 0 does not exist"));
+        }
+        let kernel = rustix::system::uname();
+        Ok(Response::new(HelloReply {
+            generation: GENERATION.min(request.get_ref().generation),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel_release: kernel.release().to_string_lossy().into_owned(),
+            init_micros: self.guest.init_micros,
+            root_micros: self.guest.root_micros,
+        }))
+    }
+
+    async fn identify(&self, request: Request<IdentifyRequest>) -> Result<Response<IdentifyReply>, Status> {
+        identity::assume(request.get_ref()).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        self.identified.store(true, Ordering::Release);
+        Ok(Response::new(IdentifyReply {}))
+    }
+
+    async fn exec(
+        &self,
+        request: Request<Streaming<ExecInput>>,
+    ) -> Result<Response<Self::ExecStream>, Status> {
+        if !self.identified.load(Ordering::Acquire) {
+            return Err(Status::failed_precondition("the guest has no identity yet"));
+        }
+        let mut inputs = request.into_inner();
+        let Some(ExecInput { kind: Some(exec_input::Kind::Start(start)) }) = inputs.message().await? else {
+            return Err(Status::invalid_argument("the first input must be a start"));
+        };
+        let command = exec::Command::check(start).map_err(Status::invalid_argument)?;
+        let events = exec::run(Arc::clone(&self.guest), self.reaper.clone(), command, inputs);
+        Ok(Response::new(ReceiverStream::new(events)))
+    }
+
+    async fn power_off(&self, _: Request<PowerOffRequest>) -> Result<Response<PowerOffReply>, Status> {
+        power::off(&self.guest.cgroup);
+        Err(Status::internal("the kernel did not power off"))
+    }
+}

@@ -1,0 +1,17 @@
+//! Child processes that never outlive their owner.
+//!
+//! Every helper that pyro starts (a VMM, a package tool) is started here, so that the rule "nothing survives
+//! its owner" is kept in one place:
+//!
+//! - the kernel sends the child `SIGKILL` when the owner dies (`PR_SET_PDEATHSIG`). The kernel ties that
+//!   signal to the *thread* that forked, so all children are forked by one thread that never ends;
+//! - an owner that died between fork and that call is noticed by the child itself;
+//! - the child gets only the file descriptors that it was given by name, each under a number that the caller
+//!   chose; all others are closed when it executes;
+//! - stdin is the null device unless the caller gave another.
+//!
+//! Whoever must signal a child later does so through its pidfd ([`Child::pidfd`]), never through a number.
+
+mod spawn;
+
+pub use spawn::{Child, Spawn, output};

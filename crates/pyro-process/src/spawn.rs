@@ -1,0 +1,293 @@
+//! The spawner thread and the description of a child.
+
+#![expect(unsafe_code, reason = "code between fork and exec, and numbered descriptors for the child")]
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitStatus, Output, Stdio};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
+
+use rustix::process::{Pid, PidfdFlags, Signal};
+
+/// A child process that is about to be started.
+///
+/// The environment of the child is empty but for what [`Spawn::env`] adds; its working directory is always
+/// given.
+#[derive(Debug)]
+pub struct Spawn {
+    command: Command,
+    fds: Vec<(OwnedFd, RawFd)>,
+}
+
+/// A running child, its pidfd, and its standard streams where they are pipes.
+///
+/// Dropping it neither ends nor reaps the child: call [`Child::kill`] and [`Child::wait`].
+#[derive(Debug)]
+pub struct Child {
+    inner: std::process::Child,
+    pidfd: OwnedFd,
+}
+
+impl Spawn {
+    /// Describes a child that runs `program` in the directory `cwd`.
+    pub fn new(program: impl AsRef<OsStr>, cwd: &Path) -> Self {
+        let mut command = Command::new(program);
+        command.current_dir(cwd).env_clear().stdin(Stdio::null());
+        Self { command, fds: Vec::new() }
+    }
+
+    /// Adds one argument.
+    pub fn arg(&mut self, arg: impl AsRef<OsStr>) -> &mut Self {
+        self.command.arg(arg);
+        self
+    }
+
+    /// Adds several arguments.
+    pub fn args<S: AsRef<OsStr>>(&mut self, args: impl IntoIterator<Item = S>) -> &mut Self {
+        self.command.args(args);
+        self
+    }
+
+    /// Sets one variable of the child's environment.
+    pub fn env(&mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> &mut Self {
+        self.command.env(key, value);
+        self
+    }
+
+    /// Sets the child's standard input (the null device unless called).
+    pub fn stdin(&mut self, stdio: impl Into<Stdio>) -> &mut Self {
+        self.command.stdin(stdio);
+        self
+    }
+
+    /// Sets the child's standard output (the owner's own unless called).
+    pub fn stdout(&mut self, stdio: impl Into<Stdio>) -> &mut Self {
+        self.command.stdout(stdio);
+        self
+    }
+
+    /// Sets the child's standard error (the owner's own unless called).
+    pub fn stderr(&mut self, stdio: impl Into<Stdio>) -> &mut Self {
+        self.command.stderr(stdio);
+        self
+    }
+
+    /// Puts the child into a process group of its own, so that a Ctrl-C at the terminal does not reach it.
+    pub fn own_process_group(&mut self) -> &mut Self {
+        self.command.process_group(0);
+        self
+    }
+
+    /// Hands `fd` to the child under the number `number`, which must be 3 or more and given once.
+    pub fn fd(&mut self, fd: OwnedFd, number: RawFd) -> &mut Self {
+        debug_assert!(number >= 3, "0 to 2 are the standard streams");
+        self.fds.push((fd, number));
+        self
+    }
+
+    /// Starts the child.
+    ///
+    /// # Errors
+    /// As `std::process::Command::spawn`: the program is missing or not executable, or the host refuses
+    /// another process.
+    pub fn spawn(mut self) -> io::Result<Child> {
+        let owner = rustix::process::getpid();
+        // The numbers that the child wants may be taken by other descriptors of this list, so all are first
+        // moved out of the way of every wanted number.
+        let floor = self.fds.iter().map(|(_, number)| number + 1).max().unwrap_or(3);
+        let moved = self
+            .fds
+            .iter()
+            .map(|(fd, number)| Ok((rustix::io::fcntl_dupfd_cloexec(fd, floor)?, *number)))
+            .collect::<io::Result<Vec<_>>>()?;
+        self.fds.clear();
+        let hook = move || prepare_child(owner, &moved);
+        // SAFETY: the hook makes system calls only; it neither allocates nor takes a lock.
+        unsafe { self.command.pre_exec(hook) };
+        let command = self.command;
+        let inner = on_spawner(command)?;
+        let pid = Pid::from_child(&inner);
+        // The child cannot have been reaped yet, so the number still names it.
+        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+        Ok(Child { inner, pidfd })
+    }
+}
+
+impl Child {
+    /// The process number, for reports only: signals go through the pidfd.
+    pub fn id(&self) -> u32 {
+        self.inner.id()
+    }
+
+    /// The pidfd; it becomes readable when the child ends.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// The read end of the child's standard output, once, where it was `Stdio::piped()`.
+    pub fn take_stdout(&mut self) -> Option<std::process::ChildStdout> {
+        self.inner.stdout.take()
+    }
+
+    /// The read end of the child's standard error, once, where it was `Stdio::piped()`.
+    pub fn take_stderr(&mut self) -> Option<std::process::ChildStderr> {
+        self.inner.stderr.take()
+    }
+
+    /// Sends a signal; a child that has ended already is no error.
+    ///
+    /// # Errors
+    /// When the kernel refuses for another reason.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        match rustix::process::pidfd_send_signal(&self.pidfd, signal) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Ends the child at once; a child that has ended already is no error.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn kill(&self) -> io::Result<()> {
+        self.signal(Signal::KILL)
+    }
+
+    /// The exit status if the child has ended, without waiting.
+    ///
+    /// # Errors
+    /// When the status cannot be had.
+    pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
+        self.inner.try_wait()
+    }
+
+    /// Waits for the end of the child and reaps it.
+    ///
+    /// # Errors
+    /// When the status cannot be had.
+    pub fn wait(&mut self) -> io::Result<ExitStatus> {
+        self.inner.wait()
+    }
+}
+
+/// Runs a short helper to its end and returns its status and output, read whole.
+///
+/// # Errors
+/// As [`Spawn::spawn`], or when its output cannot be read.
+pub fn output(mut spawn: Spawn) -> io::Result<Output> {
+    spawn.command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    spawn.spawn()?.inner.wait_with_output()
+}
+
+/// What the child does between fork and exec.
+fn prepare_child(owner: Pid, fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    if rustix::process::getppid() != Some(owner) {
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    // Rust marks every descriptor close-on-exec, but a host program (an embedding Python, a shell) may not.
+    // SAFETY: a system call on numbers; it closes nothing now, so the runtime's own pipe stays usable.
+    let marked = unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if marked != 0 && io::Error::last_os_error().raw_os_error() != Some(libc::ENOSYS) {
+        return Err(io::Error::last_os_error());
+    }
+    for (fd, number) in fds {
+        // SAFETY: both are valid numbers in this process, which is about to execute another program.
+        if unsafe { libc::dup2(fd.as_raw_fd(), *number) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+type Request = (Command, mpsc::SyncSender<io::Result<std::process::Child>>);
+
+/// Forks on the thread that lives as long as this process.
+fn on_spawner(command: Command) -> io::Result<std::process::Child> {
+    static SPAWNER: OnceLock<Mutex<(u32, mpsc::Sender<Request>)>> = OnceLock::new();
+
+    let cell = SPAWNER.get_or_init(|| Mutex::new((std::process::id(), start_spawner())));
+    let (answer, result) = mpsc::sync_channel(1);
+    {
+        let mut spawner = cell.lock().unwrap_or_else(PoisonError::into_inner);
+        // A forked copy of this process (Python's multiprocessing) has no spawner thread: make one.
+        if spawner.0 != std::process::id() {
+            *spawner = (std::process::id(), start_spawner());
+        }
+        spawner.1.send((command, answer)).map_err(|_closed| spawner_is_gone())?;
+    }
+    result.recv().map_err(|_closed| spawner_is_gone())?
+}
+
+fn start_spawner() -> mpsc::Sender<Request> {
+    let (sender, requests) = mpsc::channel::<Request>();
+    let spawner = std::thread::Builder::new().name("pyro-spawner".to_owned()).spawn(move || {
+        // The sender is in a static, so this loop ends with the process.
+        while let Ok((mut command, answer)) = requests.recv() {
+            #[expect(clippy::disallowed_methods, reason = "this is the one place that forks")]
+            let child = command.spawn();
+            if let Err(unclaimed) = answer.send(child)
+                && let Ok(mut child) = unclaimed.0
+            {
+                drop(child.kill());
+                drop(child.wait());
+            }
+        }
+    });
+    drop(spawner);
+    sender
+}
+
+fn spawner_is_gone() -> io::Error {
+    io::Error::other("the spawner thread could not be started")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    #[test]
+    fn a_child_gets_a_descriptor_under_the_number_that_was_asked_for() {
+        let (read, write) = rustix::pipe::pipe().expect("a pipe");
+        let mut spawn = Spawn::new("sh", Path::new("/"));
+        spawn.args(["-c", "cat <&7"]).fd(read, 7);
+        std::fs::File::from(write).write_all(b"through seven").expect("written");
+        let output = output(spawn).expect("sh runs");
+        assert_eq!(output.stdout, b"through seven");
+    }
+
+    #[test]
+    fn a_child_inherits_nothing_that_was_not_given() {
+        let (read, _write) = rustix::pipe::pipe().expect("a pipe");
+        rustix::io::fcntl_setfd(&read, rustix::io::FdFlags::empty()).expect("inheritable");
+        let mut spawn = Spawn::new("/bin/sh", Path::new("/"));
+        spawn.args(["-c", "ls /proc/self/fd | wc -l; env | grep -c SECRET"]);
+        let output = output(spawn).expect("sh runs");
+        // 0, 1, 2 and the directory that ls itself reads.
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "4\n0\n");
+    }
+
+    #[test]
+    fn the_pidfd_tells_the_end() {
+        let mut spawn = Spawn::new("sh", Path::new("/"));
+        spawn.args(["-c", "echo $$; exec cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = spawn.spawn().expect("sh runs");
+        child.kill().expect("killed");
+        let mut text = String::new();
+        child.take_stdout().expect("piped").read_to_string(&mut text).expect("read");
+        let status = child.wait().expect("reaped");
+        assert!(!status.success());
+        child.kill().expect("a dead child is no error");
+    }
+
+    #[test]
+    fn a_missing_program_is_an_error_of_spawn() {
+        let error = Spawn::new("/nonexistent/program", Path::new("/")).spawn().expect_err("no such program");
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+}

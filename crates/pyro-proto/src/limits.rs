@@ -1,0 +1,29 @@
+//! Sizes that both sides enforce before they allocate.
+
+/// The largest gRPC message, in bytes. Output travels in chunks of [`CHUNK`]; what is larger is a start
+/// request with long arguments.
+pub const MESSAGE: usize = 4 << 20;
+
+/// The largest piece of stdin, stdout or stderr in one message, in bytes.
+pub const CHUNK: usize = 64 << 10;
+
+/// HTTP/2 flow-control window of one stream, in bytes: what one unread command may hold in memory.
+pub const STREAM_WINDOW: u32 = 1 << 20;
+
+/// HTTP/2 flow-control window of the connection, in bytes.
+pub const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// Header list of one call, in bytes.
+pub const HEADERS: u32 = 16 << 10;
+
+/// Calls on one connection at the same time.
+pub const STREAMS: u32 = 1024;
+
+/// All arguments and variables of one command together, in bytes: below what Linux takes in one exec.
+pub const ARGUMENTS: usize = 1 << 20;
+
+/// One argument or variable, in bytes: Linux refuses more (`MAX_ARG_STRLEN`).
+pub const ARGUMENT: usize = 128 << 10;
+
+/// Entropy of one identity message, in bytes.
+pub const ENTROPY: std::ops::RangeInclusive<usize> = 32..=512;

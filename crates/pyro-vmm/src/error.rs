@@ -1,0 +1,111 @@
+//! Why a machine did not start, and why one did not obey.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::MachineExit;
+
+/// Why a machine did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The VMM program does not exist.
+    #[error("{} does not exist", binary.display())]
+    BinaryMissing {
+        /// Where it was looked for.
+        binary: PathBuf,
+    },
+    /// The specification cannot work.
+    #[error("bad machine specification: {what}")]
+    BadSpec {
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The host refused a process, a descriptor or a thread.
+    #[error("cannot start {}", binary.display())]
+    Spawn {
+        /// The program.
+        binary: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The VMM ended before it had accepted its configuration.
+    #[error("the VMM ended at once ({}): {}", exit.status, last_words(exit))]
+    ExitedAtOnce {
+        /// How it ended, with its last words.
+        exit: Box<MachineExit>,
+    },
+    /// The VMM runs but did not answer on its control channel in time, or answered nonsense.
+    #[error("the VMM did not take its configuration")]
+    Control {
+        /// What went wrong.
+        #[source]
+        source: ControlError,
+    },
+}
+
+impl LaunchError {
+    /// A stable name of the kind of error.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::BinaryMissing { .. } => "vmm_missing",
+            Self::BadSpec { .. } => "bad_machine_spec",
+            Self::Spawn { .. } => "vmm_spawn_failed",
+            Self::ExitedAtOnce { .. } => "vmm_exited",
+            Self::Control { .. } => "vmm_unresponsive",
+        }
+    }
+
+    /// What the user can do about it, where there is something.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::BinaryMissing { .. } => Some("install QEMU: apt-get install qemu-system-x86"),
+            Self::BadSpec { .. } => None,
+            Self::Spawn { .. } => Some("check the limits on processes, open files and memory of this host"),
+            Self::ExitedAtOnce { exit } if exit.stderr_tail.contains("Cannot allocate memory") => {
+                Some("free memory on this host, or ask for a smaller machine")
+            }
+            Self::ExitedAtOnce { exit } if exit.stderr_tail.contains("lock") => {
+                Some("another machine has this disk open: end it first")
+            }
+            Self::ExitedAtOnce { .. } => None,
+            Self::Control { .. } => Some("the host may be overloaded: try again with fewer machines"),
+        }
+    }
+}
+
+/// Why a running machine did not obey.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The VMM process has ended.
+    #[error("the VMM has ended")]
+    Ended,
+    /// The control channel failed.
+    #[error("the control channel failed")]
+    Io(#[source] io::Error),
+    /// The VMM sent something that is no answer.
+    #[error("the VMM broke the control protocol: {what}")]
+    Protocol {
+        /// What was wrong with it.
+        what: &'static str,
+    },
+    /// The VMM refused the command.
+    #[error("the VMM refused {command:?}: {description}")]
+    Refused {
+        /// The command.
+        command: &'static str,
+        /// The VMM's own words, cut to a sane length.
+        description: String,
+    },
+    /// No answer in time.
+    #[error("the VMM did not answer within {} s", after.as_secs())]
+    Timeout {
+        /// How long it was waited for.
+        after: Duration,
+    },
+}
+
+fn last_words(exit: &MachineExit) -> &str {
+    exit.stderr_tail.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing")
+}

@@ -1,0 +1,179 @@
+//! The thread behind each machine: it reads what the VMM writes, for as long as the VMM lives, and reaps it.
+//!
+//! It is a thread and not a task, because a machine must be drained and reaped whatever becomes of the runtime
+//! that launched it. It ends with the VMM process and with nothing else, so dropping a machine needs only the
+//! kill.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pyro_process::Child;
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use tokio::sync::watch;
+
+use crate::machine::{MachineEnd, MachineExit};
+use crate::tail::Tail;
+
+const CONSOLE_BYTES: usize = 64 << 10;
+const CONSOLE_LINES: usize = 40;
+const STDERR_BYTES: usize = 8 << 10;
+const STDERR_LINES: usize = 40;
+/// What is still read of each stream after the end of the VMM; a descendant of it could write on for ever.
+const LAST_BYTES: usize = 256 << 10;
+/// What the kernel prints when it gives up. The guest may forge it: it is the guest's own claim.
+const PANIC: &str = "Kernel panic - not syncing";
+
+/// What is known about a running VMM, shared by its machine and its thread.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    console: Mutex<Tail>,
+    stderr: Mutex<Tail>,
+    /// What was last done from here to end it: one of `ENDING_*`.
+    ending: AtomicU8,
+}
+
+const ENDING_NOT: u8 = 0;
+const ENDING_QUIT: u8 = 1;
+const ENDING_KILL: u8 = 2;
+
+/// What the thread reads from.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    pub(crate) console: OwnedFd,
+    pub(crate) stderr: OwnedFd,
+}
+
+pub(crate) type ExitReceiver = watch::Receiver<Option<Arc<MachineExit>>>;
+
+impl Watched {
+    pub(crate) fn console_text(&self) -> String {
+        lock(&self.console).text(CONSOLE_LINES)
+    }
+
+    pub(crate) fn stderr_text(&self) -> String {
+        lock(&self.stderr).text(STDERR_LINES)
+    }
+
+    /// The VMM is about to be asked to quit.
+    pub(crate) fn note_quit(&self) {
+        self.ending.fetch_max(ENDING_QUIT, Ordering::Relaxed);
+    }
+
+    /// The VMM is about to be killed.
+    pub(crate) fn note_kill(&self) {
+        self.ending.fetch_max(ENDING_KILL, Ordering::Relaxed);
+    }
+
+    fn exit(&self, status: io::Result<ExitStatus>) -> MachineExit {
+        let console_tail = self.console_text();
+        let (reason, status) = match status {
+            Ok(status) => self.reason(status, &console_tail),
+            Err(error) => (MachineEnd::Crashed, format!("its status could not be had: {error}")),
+        };
+        MachineExit { reason, status, stderr_tail: self.stderr_text(), console_tail }
+    }
+
+    fn reason(&self, status: ExitStatus, console: &str) -> (MachineEnd, String) {
+        match (status.code(), self.ending.load(Ordering::Relaxed)) {
+            (Some(0), ENDING_QUIT) => (MachineEnd::Killed, "the VMM was told to quit".to_owned()),
+            (Some(0), _) if console.contains(PANIC) => {
+                (MachineEnd::Crashed, "the guest kernel panicked".to_owned())
+            }
+            (Some(0), _) => (MachineEnd::PoweredOff, "the guest powered off".to_owned()),
+            (None, ENDING_KILL) if status.signal() == Some(libc::SIGKILL) => {
+                (MachineEnd::Killed, "the VMM was killed".to_owned())
+            }
+            _ => (MachineEnd::Crashed, format!("the VMM ended with {status}")),
+        }
+    }
+}
+
+/// Starts the thread. When the host refuses it, the child is ended and reaped.
+pub(crate) fn start(child: Child, streams: Streams) -> io::Result<(Arc<Watched>, ExitReceiver)> {
+    let watched = Arc::new(Watched {
+        console: Mutex::new(Tail::new(CONSOLE_BYTES)),
+        stderr: Mutex::new(Tail::new(STDERR_BYTES)),
+        ending: AtomicU8::new(ENDING_NOT),
+    });
+    let (sender, receiver) = watch::channel(None);
+    let guard = Reaper(child);
+    let shared = Arc::clone(&watched);
+    // A refused thread drops the closure, and with it the guard.
+    std::thread::Builder::new().name("pyro-machine".to_owned()).stack_size(256 << 10).spawn(move || {
+        let mut guard = guard;
+        drain_until_end(&guard.0, &streams, &shared);
+        let status = guard.0.wait();
+        sender.send_replace(Some(Arc::new(shared.exit(status))));
+    })?;
+    Ok((watched, receiver))
+}
+
+/// A child that is ended and reaped whatever happens.
+struct Reaper(Child);
+
+impl Drop for Reaper {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// Reads both streams until the VMM has ended and what it left in them is read.
+fn drain_until_end(child: &Child, streams: &Streams, watched: &Watched) {
+    let mut sources = [(Some(streams.console.as_fd()), &watched.console), (Some(streams.stderr.as_fd()), &watched.stderr)];
+    for (fd, _) in &sources {
+        // A stream that cannot be made non-blocking would hang this thread: it is better not read at all.
+        if fd.is_some_and(|fd| rustix::io::ioctl_fionbio(fd, true).is_err()) {
+            return;
+        }
+    }
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        let mut fds = vec![PollFd::from_borrowed_fd(child.pidfd(), PollFlags::IN)];
+        fds.extend(sources.iter().filter_map(|(fd, _)| *fd).map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            // Poll fails for want of memory at worst; the wait that follows still works.
+            Err(_) => return,
+        }
+        let ended = !fds[0].revents().is_empty();
+        let budget = if ended { LAST_BYTES } else { buffer.len() };
+        for (fd, tail) in &mut sources {
+            if let Some(open) = *fd
+                && !read_some(open, tail, &mut buffer, budget)
+            {
+                *fd = None;
+            }
+        }
+        if ended {
+            return;
+        }
+    }
+}
+
+/// Reads at most `budget` bytes without waiting; tells whether the stream is still open.
+fn read_some(fd: BorrowedFd<'_>, tail: &Mutex<Tail>, buffer: &mut [u8], budget: usize) -> bool {
+    let mut total = 0;
+    while total < budget {
+        match rustix::io::read(fd, &mut *buffer) {
+            Ok(0) => return false,
+            Ok(count) => {
+                lock(tail).push(&buffer[..count]);
+                total += count;
+            }
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return true,
+            Err(_) => return false,
+        }
+    }
+    true
+}
+
+fn lock(tail: &Mutex<Tail>) -> MutexGuard<'_, Tail> {
+    tail.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,19 @@
+#!/bin/sh
+# Installs the Debian packages that building and running pyro needs and that this machine lacks.
+set -eu
+missing=
+need() { command -v "$1" >/dev/null 2>&1 || missing="$missing $2"; }
+need cc gcc
+need make make
+need qemu-system-x86_64 qemu-system-x86
+need mmdebstrap mmdebstrap
+need newuidmap uidmap
+need mke2fs e2fsprogs
+need fsck.erofs erofs-utils
+[ -n "$missing" ] || exit 0
+echo "installing:$missing" >&2
+run=
+[ "$(id -u)" = 0 ] || run=sudo
+$run apt-get -qq update
+# shellcheck disable=SC2086 # the list is words on purpose
+DEBIAN_FRONTEND=noninteractive $run apt-get -qq install -y --no-install-recommends $missing >&2
