@@ -108,5 +108,5 @@ fn set(path: &str, value: &str) -> io::Result<()> {
 
 fn total_memory() -> io::Result<u64> {
     let info = rustix::system::sysinfo();
-    Ok(u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit.max(1))))
+    Ok(info.totalram.saturating_mul(u64::from(info.mem_unit.max(1))))
 }

@@ -1,1 +1,41 @@
-//! Placeholder
+//! The API of pyro: virtual machines, commands in them, their registry and their life.
+//!
+//! A front (CLI, MCP server, Python) opens an [`Engine`] with an [`EngineConfig`] and calls it in its own
+//! process; there is no daemon. The engine prints nothing and reads neither `$HOME` nor the environment.
+//!
+//! ```no_run
+//! # async fn example(config: pyro_engine::EngineConfig) -> Result<(), pyro_engine::Error> {
+//! use pyro_engine::{Command, Engine, ExecSpec, VmSpec, Observer};
+//!
+//! let engine = Engine::open(config)?;
+//! let command = Command::argv(["git", "--version"]);
+//! let result = engine.run(VmSpec::new("debian:12"), ExecSpec::new(command), Observer::none()).await?;
+//! assert_eq!(result.exit_code, 0);
+//! # Ok(())
+//! # }
+//! ```
+
+mod capture;
+mod engine;
+mod error;
+mod guest;
+mod live;
+mod record;
+mod registry;
+mod spec;
+
+pub use engine::{Engine, EngineConfig, Observer, Phase, Reaped};
+pub use error::{Error, ErrorKind};
+pub use guest::{Chunk, Stream};
+pub use record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRecord, VmState};
+pub use spec::{Command, ExecSpec, VmSpec};
+
+pub use pyro_image::{Check, Entry, Inspection, Pruned, Pulled};
+pub use pyro_vmm::Isolation;
+pub use pyro_vmm::host::HostFacts;
+
+/// The version of pyro and of its catalog of environments.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// The static guest agent that this engine carries.
+static AGENT: &[u8] = include_bytes!(env!("PYRO_AGENT"));

@@ -90,7 +90,9 @@ impl Scanner {
                     nonce.copy_from_slice(&self.partial[MAGIC.len() + 1..]);
                     (kind, nonce)
                 });
-                self.partial.clear();
+                // The nonce of a torn old mark may be the beginning of a whole one.
+                self.partial.remove(0);
+                self.drop_what_cannot_be_a_mark();
                 return (index + 1, found);
             }
         }

@@ -66,7 +66,7 @@ impl LaunchError {
             Self::ExitedAtOnce { exit } if exit.stderr_tail.contains("Cannot allocate memory") => {
                 Some("free memory on this host, or ask for a smaller machine")
             }
-            Self::ExitedAtOnce { exit } if exit.stderr_tail.contains("lock") => {
+            Self::ExitedAtOnce { exit } if exit.stderr_tail.contains("Failed to get \"write\" lock") => {
                 Some("another machine has this disk open: end it first")
             }
             Self::ExitedAtOnce { .. } => None,
@@ -106,6 +106,10 @@ pub enum ControlError {
     },
 }
 
-fn last_words(exit: &MachineExit) -> &str {
-    exit.stderr_tail.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing")
+/// The end of what it said: QEMU puts the cause and its advice on lines of their own.
+fn last_words(exit: &MachineExit) -> String {
+    let mut lines: Vec<&str> =
+        exit.stderr_tail.lines().rev().map(str::trim).filter(|line| !line.is_empty()).take(3).collect();
+    lines.reverse();
+    if lines.is_empty() { "it said nothing".to_owned() } else { lines.join("; ") }
 }

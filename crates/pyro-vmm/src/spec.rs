@@ -123,7 +123,9 @@ impl MachineSpec {
         for arg in &self.kernel_args {
             // The kernel splits at white space and knows quotes; an argument must stay one argument.
             if arg.is_empty() || arg.contains(|c: char| !c.is_ascii_graphic() || c == '"') {
-                return bad(format!("kernel argument {arg:?}: printable ASCII without spaces or quotes only"));
+                return bad(format!(
+                    "kernel argument {arg:?}: printable ASCII without spaces or quotes only"
+                ));
             }
         }
         if self.kernel_args.iter().map(|arg| arg.len() + 1).sum::<usize>() > KERNEL_ARGS_MAX {

@@ -5,6 +5,7 @@
 //! kill.
 
 use std::io;
+use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -27,6 +28,7 @@ const STDERR_LINES: usize = 40;
 const LAST_BYTES: usize = 256 << 10;
 /// What the kernel prints when it gives up. The guest may forge it: it is the guest's own claim.
 const PANIC: &str = "Kernel panic - not syncing";
+const PANIC_CHARS_MAX: usize = 200;
 
 /// What is known about a running VMM, shared by its machine and its thread.
 #[derive(Debug)]
@@ -70,21 +72,21 @@ impl Watched {
     }
 
     fn exit(&self, status: io::Result<ExitStatus>) -> MachineExit {
-        let console_tail = self.console_text();
         let (reason, status) = match status {
-            Ok(status) => self.reason(status, &console_tail),
+            Ok(status) => self.reason(status),
             Err(error) => (MachineEnd::Crashed, format!("its status could not be had: {error}")),
         };
-        MachineExit { reason, status, stderr_tail: self.stderr_text(), console_tail }
+        let (stderr_tail, console_tail) = (self.stderr_text(), self.console_text());
+        MachineExit { reason, status, stderr_tail, console_tail }
     }
 
-    fn reason(&self, status: ExitStatus, console: &str) -> (MachineEnd, String) {
+    fn reason(&self, status: ExitStatus) -> (MachineEnd, String) {
         match (status.code(), self.ending.load(Ordering::Relaxed)) {
             (Some(0), ENDING_QUIT) => (MachineEnd::Killed, "the VMM was told to quit".to_owned()),
-            (Some(0), _) if console.contains(PANIC) => {
-                (MachineEnd::Crashed, "the guest kernel panicked".to_owned())
-            }
-            (Some(0), _) => (MachineEnd::PoweredOff, "the guest powered off".to_owned()),
+            (Some(0), _) => match self.panic_words() {
+                Some(words) => (MachineEnd::Crashed, format!("the guest kernel panicked: {words}")),
+                None => (MachineEnd::PoweredOff, "the guest powered off".to_owned()),
+            },
             (None, ENDING_KILL) if status.signal() == Some(libc::SIGKILL) => {
                 (MachineEnd::Killed, "the VMM was killed".to_owned())
             }
@@ -93,39 +95,72 @@ impl Watched {
     }
 }
 
-/// Starts the thread. When the host refuses it, the child is ended and reaped.
-pub(crate) fn start(child: Child, streams: Streams) -> io::Result<(Arc<Watched>, ExitReceiver)> {
+impl Watched {
+    /// What the guest's kernel said when it gave up. It is searched for in all that is kept of the console:
+    /// the trace that follows it can be longer than what is shown.
+    fn panic_words(&self) -> Option<String> {
+        let console = lock(&self.console).text(usize::MAX);
+        let (_, words) = console.rsplit_once(PANIC)?;
+        let words = words.lines().next()?.trim_start_matches(':').trim();
+        Some(words.chars().take(PANIC_CHARS_MAX).collect())
+    }
+}
+
+/// Starts the thread.
+pub(crate) fn start(child: Reaper, streams: Streams) -> io::Result<(Arc<Watched>, ExitReceiver)> {
     let watched = Arc::new(Watched {
         console: Mutex::new(Tail::new(CONSOLE_BYTES)),
         stderr: Mutex::new(Tail::new(STDERR_BYTES)),
         ending: AtomicU8::new(ENDING_NOT),
     });
     let (sender, receiver) = watch::channel(None);
-    let guard = Reaper(child);
     let shared = Arc::clone(&watched);
-    // A refused thread drops the closure, and with it the guard.
-    std::thread::Builder::new().name("pyro-machine".to_owned()).stack_size(256 << 10).spawn(move || {
-        let mut guard = guard;
-        drain_until_end(&guard.0, &streams, &shared);
-        let status = guard.0.wait();
+    let thread = move || {
+        drain_until_end(&child, &streams, &shared);
+        let status = child.reap();
         sender.send_replace(Some(Arc::new(shared.exit(status))));
-    })?;
+    };
+    // A refused thread drops the closure, and with it the child.
+    std::thread::Builder::new().name("pyro-machine".to_owned()).stack_size(256 << 10).spawn(thread)?;
     Ok((watched, receiver))
 }
 
 /// A child that is ended and reaped whatever happens.
-struct Reaper(Child);
+#[derive(Debug)]
+pub(crate) struct Reaper(Option<Child>);
+
+impl Reaper {
+    pub(crate) fn new(child: Child) -> Self {
+        Self(Some(child))
+    }
+
+    /// Waits for the end of the child.
+    fn reap(mut self) -> io::Result<ExitStatus> {
+        self.0.take().expect("only reaping takes it").wait()
+    }
+}
+
+impl Deref for Reaper {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        self.0.as_ref().expect("only reaping takes it")
+    }
+}
 
 impl Drop for Reaper {
     fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
+        if let Some(mut child) = self.0.take() {
+            drop(child.kill());
+            drop(child.wait());
+        }
     }
 }
 
 /// Reads both streams until the VMM has ended and what it left in them is read.
 fn drain_until_end(child: &Child, streams: &Streams, watched: &Watched) {
-    let mut sources = [(Some(streams.console.as_fd()), &watched.console), (Some(streams.stderr.as_fd()), &watched.stderr)];
+    let mut sources =
+        [(Some(streams.console.as_fd()), &watched.console), (Some(streams.stderr.as_fd()), &watched.stderr)];
     for (fd, _) in &sources {
         // A stream that cannot be made non-blocking would hang this thread: it is better not read at all.
         if fd.is_some_and(|fd| rustix::io::ioctl_fionbio(fd, true).is_err()) {
@@ -135,7 +170,9 @@ fn drain_until_end(child: &Child, streams: &Streams, watched: &Watched) {
     let mut buffer = vec![0; 16 << 10];
     loop {
         let mut fds = vec![PollFd::from_borrowed_fd(child.pidfd(), PollFlags::IN)];
-        fds.extend(sources.iter().filter_map(|(fd, _)| *fd).map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        fds.extend(
+            sources.iter().filter_map(|(fd, _)| *fd).map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)),
+        );
         match rustix::event::poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {}
             // Poll fails for want of memory at worst; the wait that follows still works.

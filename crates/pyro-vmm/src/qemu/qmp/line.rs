@@ -59,15 +59,20 @@ impl Lines {
         if self.broken {
             return Err(ControlError::Protocol { what: "an earlier command was cut off" });
         }
-        // Until all of it is written, this future may be dropped at any await.
+        // Until all of it is written, this future may be dropped at any await. A failure is not that: the
+        // socket is gone, and will say so again.
         self.broken = true;
+        let result = self.send_whole(line, fd).await;
+        self.broken = false;
+        result.map_err(lost)
+    }
+
+    async fn send_whole(&mut self, line: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let sent = match fd {
-            Some(fd) => self.send_with(line, fd).await.map_err(lost)?,
+            Some(fd) => self.send_with(line, fd).await?,
             None => 0,
         };
-        self.stream.write_all(&line[sent..]).await.map_err(lost)?;
-        self.broken = false;
-        Ok(())
+        self.stream.write_all(&line[sent..]).await
     }
 
     async fn send_with(&self, line: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {

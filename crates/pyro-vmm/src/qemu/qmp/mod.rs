@@ -136,14 +136,15 @@ impl Qmp {
 
     async fn next_message(&mut self) -> Result<Message, ControlError> {
         let line = self.lines.next().await?;
-        serde_json::from_slice(&line).map_err(|_| ControlError::Protocol { what: "a line that is no message" })
+        serde_json::from_slice(&line)
+            .map_err(|_| ControlError::Protocol { what: "a line that is no message" })
     }
 }
 
 fn encode<C: QmpCommand>(command: &C, id: u64) -> Result<Vec<u8>, ControlError> {
     let request = Request { execute: <C as Command>::NAME, arguments: Some(command), id };
-    let mut line =
-        serde_json::to_vec(&request).map_err(|_| ControlError::Protocol { what: "a command that is no JSON" })?;
+    let mut line = serde_json::to_vec(&request)
+        .map_err(|_| ControlError::Protocol { what: "a command that is no JSON" })?;
     line.push(b'\n');
     Ok(line)
 }

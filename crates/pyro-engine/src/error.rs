@@ -1,0 +1,133 @@
+//! One error type for all fronts: a kind, a sentence, and where one exists a remedy.
+
+use std::fmt;
+
+/// What went wrong, as a closed list that the fronts map exhaustively.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// A value is outside its limits.
+    InvalidValue,
+    /// No such environment.
+    UnknownEnvironment,
+    /// No such machine.
+    NotFound,
+    /// It was there, and its time was up.
+    Expired,
+    /// As many machines as allowed are live.
+    CapReached,
+    /// The machine is not in a state for this.
+    WrongState,
+    /// This host cannot isolate as strongly as was required.
+    IsolationUnavailable,
+    /// No guest can be had, and running on the host was not allowed.
+    GuestUnavailable,
+    /// The environment could not be made or is damaged.
+    Environment,
+    /// The command was sent and the connection broke: it may or may not have run.
+    OutcomeUnknown,
+    /// The guest refused the command before it ran.
+    CommandRefused,
+    /// The caller gave up.
+    Cancelled,
+    /// The host's file system or kernel refused something.
+    Host,
+}
+
+impl ErrorKind {
+    /// The stable name that every surface shows.
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::InvalidValue => "invalid_value",
+            Self::UnknownEnvironment => "unknown_environment",
+            Self::NotFound => "not_found",
+            Self::Expired => "expired",
+            Self::CapReached => "cap_reached",
+            Self::WrongState => "wrong_state",
+            Self::IsolationUnavailable => "isolation_unavailable",
+            Self::GuestUnavailable => "guest_unavailable",
+            Self::Environment => "environment_failed",
+            Self::OutcomeUnknown => "outcome_unknown",
+            Self::CommandRefused => "command_refused",
+            Self::Cancelled => "cancelled",
+            Self::Host => "host_failed",
+        }
+    }
+}
+
+/// Why an operation failed.
+#[derive(Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    code: &'static str,
+    message: String,
+    hint: Option<String>,
+}
+
+impl Error {
+    pub(crate) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, code: kind.code(), message: message.into(), hint: None }
+    }
+
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    pub(crate) fn host(what: &str, error: &dyn fmt::Display) -> Self {
+        Self::new(ErrorKind::Host, format!("{what}: {error}"))
+    }
+
+    /// What went wrong.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The stable name of the error, finer than its kind where a part of pyro has one.
+    pub fn code(&self) -> &'static str {
+        self.code
+    }
+
+    /// The action that mends it, where there is one.
+    pub fn remedy(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<pyro_image::ImageError> for Error {
+    fn from(error: pyro_image::ImageError) -> Self {
+        let kind = match error.code() {
+            "unknown_environment" => ErrorKind::UnknownEnvironment,
+            "cancelled" => ErrorKind::Cancelled,
+            _ => ErrorKind::Environment,
+        };
+        Self { kind, code: error.code(), hint: error.hint(), message: chain(&error) }
+    }
+}
+
+impl From<rusqlite::Error> for Error {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::host("the registry", &error)
+    }
+}
+
+/// An error and its causes in one line, causes that are already named left out.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let words = cause.to_string();
+        if !text.contains(&words) {
+            text = format!("{text}: {words}");
+        }
+        next = cause.source();
+    }
+    text
+}

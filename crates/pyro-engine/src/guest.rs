@@ -1,0 +1,218 @@
+//! The host's end of the guest channel: handshake, identity, commands.
+//!
+//! Everything from the guest is hostile. Messages are bounded by the protocol's limits before they are
+//! allocated, output is taken only as fast as it is consumed, and each wait has a deadline that the guest
+//! cannot move.
+
+use std::io;
+use std::sync::Mutex;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use hyper_util::rt::TokioIo;
+use pyro_proto::agent_client::AgentClient;
+use pyro_proto::resync::{self, Step};
+use pyro_proto::{
+    EnvVar, ExecExited, ExecInput, ExecRefused, ExecStart, GENERATION, HelloRequest, IdentifyRequest,
+    PowerOffRequest, StdinEnd, exec_event, exec_input, limits,
+};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Status, Streaming};
+
+use crate::spec::{Command, ExecSpec};
+
+/// How long the agent waits between TERM and KILL when a command's time is up.
+const KILL_AFTER: Duration = Duration::from_secs(2);
+
+/// Which of the two output streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// A piece of output as it arrived.
+#[derive(Clone, Debug)]
+pub struct Chunk {
+    /// Where it was written.
+    pub stream: Stream,
+    /// What was written.
+    pub bytes: Vec<u8>,
+}
+
+/// A guest that has its identity.
+#[derive(Clone, Debug)]
+pub(crate) struct Guest {
+    client: AgentClient<Channel>,
+}
+
+/// A running command.
+pub(crate) struct Exec {
+    events: Streaming<pyro_proto::ExecEvent>,
+    feeder: Option<tokio::task::JoinHandle<()>>,
+}
+
+/// What a command did next.
+pub(crate) enum Event {
+    Output(Chunk),
+    Exited(ExecExited),
+    Refused(ExecRefused),
+}
+
+impl Guest {
+    /// Meets the agent on a fresh stream and gives the guest its identity.
+    pub(crate) async fn meet(stream: UnixStream, hostname: &str) -> io::Result<Self> {
+        let stream = begin(stream).await?;
+        let stream = Mutex::new(Some(stream));
+        let connector = tower::service_fn(move |_| {
+            let stream = stream.lock().ok().and_then(|mut stream| stream.take());
+            let gone = || io::Error::new(io::ErrorKind::NotConnected, "the guest channel is gone");
+            std::future::ready(stream.map(TokioIo::new).ok_or_else(gone))
+        });
+        let channel = Endpoint::from_static("http://guest")
+            .initial_stream_window_size(limits::STREAM_WINDOW)
+            .initial_connection_window_size(limits::CONNECTION_WINDOW)
+            .http2_max_header_list_size(limits::HEADERS)
+            .connect_with_connector(connector)
+            .await
+            .map_err(io::Error::other)?;
+        let mut client = AgentClient::new(channel)
+            .max_decoding_message_size(limits::MESSAGE)
+            .max_encoding_message_size(limits::MESSAGE);
+        let hello = client.hello(HelloRequest { generation: GENERATION }).await.map_err(io::Error::other)?;
+        if !(1..=GENERATION).contains(&hello.get_ref().generation) {
+            return Err(io::Error::other("the guest agent speaks another generation of the protocol"));
+        }
+        let mut guest = Self { client };
+        guest.identify(hostname).await?;
+        Ok(guest)
+    }
+
+    async fn identify(&mut self, hostname: &str) -> io::Result<()> {
+        let mut entropy = vec![0; 64];
+        let mut machine_id = [0; 16];
+        getrandom::fill(&mut entropy).map_err(io::Error::other)?;
+        getrandom::fill(&mut machine_id).map_err(io::Error::other)?;
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let identity = IdentifyRequest {
+            entropy: entropy.into(),
+            realtime_nanos: u64::try_from(time.as_nanos()).unwrap_or(u64::MAX),
+            hostname: hostname.to_owned(),
+            machine_id: machine_id.iter().map(|byte| format!("{byte:02x}")).collect(),
+        };
+        self.client.identify(identity).await.map(drop).map_err(io::Error::other)
+    }
+
+    /// Sends a command, once.
+    pub(crate) async fn exec(&self, spec: ExecSpec) -> Result<Exec, Status> {
+        let (argv, shell) = match spec.command {
+            Command::Argv(words) => (words.into_iter().map(Into::into).collect(), Default::default()),
+            Command::Shell(text) => (Vec::new(), text.into()),
+        };
+        let timeout = Duration::from_secs_f64(spec.timeout_seconds.min(1e9));
+        let start = ExecStart {
+            argv,
+            shell,
+            env: Vec::<EnvVar>::new(),
+            cwd: spec.cwd.into(),
+            stdin: spec.stdin.is_some(),
+            timeout_millis: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX).max(1),
+            kill_after_millis: u64::try_from(KILL_AFTER.as_millis()).unwrap_or(u64::MAX),
+        };
+        let (inputs, receiver) = mpsc::channel(4);
+        let start = ExecInput { kind: Some(exec_input::Kind::Start(start)) };
+        drop(inputs.send(start).await);
+        let feeder = tokio::spawn(feed(spec.stdin, inputs));
+        let reply = self.client.clone().exec(ReceiverStream::new(receiver)).await;
+        match reply {
+            Ok(reply) => Ok(Exec { events: reply.into_inner(), feeder: Some(feeder) }),
+            Err(status) => {
+                feeder.abort();
+                Err(status)
+            }
+        }
+    }
+
+    /// Asks the guest to end its commands, write its disks and power off. It answers by ending.
+    pub(crate) async fn power_off(&self) {
+        drop(self.client.clone().power_off(PowerOffRequest {}).await);
+    }
+}
+
+impl Exec {
+    /// The next thing that happens; an error when the connection broke.
+    pub(crate) async fn next(&mut self) -> Result<Event, Status> {
+        loop {
+            let event = self.events.message().await?;
+            let event = event.ok_or_else(|| Status::unavailable("the guest ended the call early"))?;
+            let chunk = |stream, bytes: Vec<u8>| Ok(Event::Output(Chunk { stream, bytes }));
+            match event.kind {
+                Some(exec_event::Kind::Stdout(bytes)) => return chunk(Stream::Stdout, bytes.into()),
+                Some(exec_event::Kind::Stderr(bytes)) => return chunk(Stream::Stderr, bytes.into()),
+                Some(exec_event::Kind::Exited(exited)) => return Ok(Event::Exited(exited)),
+                Some(exec_event::Kind::Refused(refused)) => return Ok(Event::Refused(refused)),
+                Some(exec_event::Kind::Started(_)) | None => {}
+            }
+        }
+    }
+}
+
+impl Drop for Exec {
+    fn drop(&mut self) {
+        if let Some(feeder) = self.feeder.take() {
+            feeder.abort();
+        }
+    }
+}
+
+/// Finds the beginning of the conversation; see `pyro_proto::resync`.
+async fn begin(stream: UnixStream) -> io::Result<BufReader<UnixStream>> {
+    let mut nonce = [0; resync::NONCE_LEN];
+    getrandom::fill(&mut nonce).map_err(io::Error::other)?;
+    let mut host = resync::Host::new(nonce);
+    let mut stream = BufReader::with_capacity(limits::CHUNK, stream);
+    let mut again = tokio::time::interval(Duration::from_millis(resync::SYN_INTERVAL_MILLIS));
+    loop {
+        let available = tokio::select! {
+            _ = again.tick(), if host.wants_syn() => {
+                stream.get_mut().write_all(&host.syn()).await?;
+                continue;
+            }
+            available = stream.fill_buf() => available?,
+        };
+        if available.is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let (taken, step) = host.feed(available).map_err(io::Error::other)?;
+        stream.consume(taken);
+        match step {
+            Step::Write(kind, nonce) | Step::WriteAndBegin(kind, nonce) => {
+                stream.get_mut().write_all(&resync::mark(kind, &nonce)).await?;
+            }
+            Step::Begin => return Ok(stream),
+            Step::Read => {}
+        }
+    }
+}
+
+/// Gives the caller's input to the command as fast as the command takes it.
+async fn feed(stdin: Option<Box<dyn AsyncRead + Send + Unpin>>, inputs: mpsc::Sender<ExecInput>) {
+    if let Some(mut stdin) = stdin {
+        let mut buffer = vec![0; limits::CHUNK];
+        while let Ok(length @ 1..) = stdin.read(&mut buffer).await {
+            let bytes = buffer[..length].to_vec().into();
+            if inputs.send(ExecInput { kind: Some(exec_input::Kind::Stdin(bytes)) }).await.is_err() {
+                return;
+            }
+        }
+        let end = exec_input::Kind::StdinEnd(StdinEnd {});
+        drop(inputs.send(ExecInput { kind: Some(end) }).await);
+    }
+    // The call's request side stays open, so that its end never looks like the caller's going away.
+    inputs.closed().await;
+}

@@ -1,0 +1,142 @@
+//! What operations return: plain objects with the keys of the public contract.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// Where a machine is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Made, not running yet.
+    Created,
+    /// Running.
+    Started,
+    /// Ended; its disk is kept.
+    Stopped,
+}
+
+impl VmState {
+    /// The name in records and errors.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Started => "started",
+            Self::Stopped => "stopped",
+        }
+    }
+
+    pub(crate) fn can_start(self) -> bool {
+        matches!(self, Self::Created | Self::Stopped)
+    }
+}
+
+/// A machine. Times are epoch seconds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the keys are those of the public contract, section 3")]
+pub struct VmRecord {
+    pub vm_id: String,
+    pub environment: String,
+    pub environment_version: String,
+    pub vcpu_count: u8,
+    pub mem_mib: u32,
+    pub ttl_seconds: u32,
+    pub created_at: f64,
+    pub expires_at: f64,
+    pub state: VmState,
+    pub network_enabled: bool,
+    pub allow_host_compat: bool,
+    pub guest_ip: Option<String>,
+    pub tap_name: Option<String>,
+    pub execution_mode: String,
+    pub isolation: String,
+    pub metadata: BTreeMap<String, String>,
+    pub last_error: Option<String>,
+}
+
+/// What ended a command other than itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "the names say it, and are those of the public contract")]
+pub enum Fault {
+    Timeout,
+    OutOfMemory,
+    DiskFull,
+    OutputLimit,
+    GuestLost,
+    Cancelled,
+    TtlExpired,
+}
+
+/// Milliseconds by phase.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Timings {
+    /// The environment, the registry row, the directory and the disk.
+    pub prepare: f64,
+    /// From starting the VMM to its running.
+    pub start: f64,
+    /// From there to a guest that has its identity.
+    pub handshake: f64,
+    /// The command.
+    pub execute: f64,
+    /// The end of the machine and of its files.
+    pub cleanup: f64,
+}
+
+/// What became of a machine after its command.
+#[derive(Clone, Debug, Serialize)]
+pub struct Cleanup {
+    /// The machine.
+    pub vm_id: String,
+    /// Whether nothing of it is left.
+    pub deleted: bool,
+    /// `post_exec_cleanup`, `run_vm_error_cleanup` or `expired`.
+    pub reason: &'static str,
+}
+
+/// The end of a command. Durations are milliseconds, sizes bytes.
+#[derive(Clone, Debug, Serialize)]
+#[expect(missing_docs, reason = "the keys are those of the public contract, section 3")]
+pub struct ExecResult {
+    pub vm_id: String,
+    pub environment: String,
+    pub environment_version: String,
+    pub command: String,
+    pub stdout: String,
+    pub stderr: String,
+    pub exit_code: i32,
+    pub duration_ms: f64,
+    pub execution_mode: String,
+    pub timed_out: bool,
+    pub stdout_bytes: u64,
+    pub stderr_bytes: u64,
+    pub stdout_truncated: bool,
+    pub stderr_truncated: bool,
+    pub isolation: String,
+    pub start_mode: String,
+    pub fault: Option<Fault>,
+    pub timings: Timings,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cleanup: Option<Cleanup>,
+}
+
+/// A deleted machine.
+#[derive(Clone, Debug, Serialize)]
+pub struct Deleted {
+    /// The machine.
+    pub vm_id: String,
+    /// Always true: a delete that failed is an error.
+    pub deleted: bool,
+    /// `explicit_delete`.
+    pub reason: &'static str,
+}
+
+/// The network of a machine that has none.
+#[derive(Clone, Debug, Serialize)]
+#[expect(missing_docs, reason = "the keys are those of the public contract, section 3")]
+pub struct NetworkInfo {
+    pub vm_id: String,
+    pub network_enabled: bool,
+    pub outbound_connectivity_expected: bool,
+    pub reason: String,
+}

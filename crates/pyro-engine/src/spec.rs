@@ -1,0 +1,153 @@
+//! What callers ask for, checked before anything is made.
+
+use std::os::unix::ffi::OsStrExt;
+
+use pyro_vmm::Isolation;
+use tokio::io::AsyncRead;
+
+use crate::error::{Error, ErrorKind};
+
+/// A machine that is asked for.
+#[derive(Clone, Debug)]
+pub struct VmSpec {
+    /// Name of the environment, such as `debian:12`.
+    pub environment: String,
+    /// Virtual processors, 1 to 8.
+    pub vcpu_count: u8,
+    /// Memory in MiB, 256 to 32768.
+    pub mem_mib: u32,
+    /// Life in seconds, 60 to the configured maximum (3600).
+    pub ttl_seconds: u32,
+    /// Whether the guest gets a network.
+    pub network: bool,
+    /// Whether commands may run on the host where no guest can be had.
+    pub allow_host_compat: bool,
+    /// Refuse anything that isolates less.
+    pub require_isolation: Option<Isolation>,
+}
+
+impl VmSpec {
+    /// A machine of the default size.
+    pub fn new(environment: impl Into<String>) -> Self {
+        Self {
+            environment: environment.into(),
+            vcpu_count: 1,
+            mem_mib: 1024,
+            ttl_seconds: 600,
+            network: false,
+            allow_host_compat: false,
+            require_isolation: None,
+        }
+    }
+
+    pub(crate) fn check(&self, max_ttl: u32) -> Result<(), Error> {
+        let invalid = |message: String| Err(Error::new(ErrorKind::InvalidValue, message));
+        if !(1..=8).contains(&self.vcpu_count) {
+            return invalid("vcpu_count must be between 1 and 8".to_owned());
+        }
+        if !(256..=32_768).contains(&self.mem_mib) {
+            return invalid("mem_mib must be between 256 and 32768".to_owned());
+        }
+        if !(60..=max_ttl).contains(&self.ttl_seconds) {
+            return invalid(format!("ttl_seconds must be between 60 and {max_ttl}"));
+        }
+        Ok(())
+    }
+}
+
+/// A command: words run as they are, or a string for the guest's `/bin/sh -lc`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Program and arguments, as bytes.
+    Argv(Vec<Vec<u8>>),
+    /// A shell string.
+    Shell(String),
+}
+
+impl Command {
+    /// A command of words.
+    pub fn argv<S: AsRef<std::ffi::OsStr>>(words: impl IntoIterator<Item = S>) -> Self {
+        Self::Argv(words.into_iter().map(|word| word.as_ref().as_bytes().to_vec()).collect())
+    }
+
+    /// The command as records show it.
+    pub fn display(&self) -> String {
+        match self {
+            Self::Argv(words) => {
+                words.iter().map(|word| String::from_utf8_lossy(word)).collect::<Vec<_>>().join(" ")
+            }
+            Self::Shell(text) => text.clone(),
+        }
+    }
+}
+
+/// A command with all that belongs to it.
+pub struct ExecSpec {
+    /// What to run.
+    pub command: Command,
+    /// Seconds until it is ended; more than 0.
+    pub timeout_seconds: f64,
+    /// What the command reads; none: the null device.
+    pub stdin: Option<Box<dyn AsyncRead + Send + Unpin>>,
+    /// Where it starts, absolute.
+    pub cwd: String,
+}
+
+impl ExecSpec {
+    /// A command with the default time limit and no input.
+    pub fn new(command: Command) -> Self {
+        Self { command, timeout_seconds: 30.0, stdin: None, cwd: "/workspace".to_owned() }
+    }
+
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let invalid = |message: &str| Err(Error::new(ErrorKind::InvalidValue, message));
+        if !(self.timeout_seconds > 0.0 && self.timeout_seconds.is_finite()) {
+            return invalid("timeout_seconds must be positive");
+        }
+        match &self.command {
+            Command::Argv(words) if words.first().is_none_or(Vec::is_empty) => {
+                invalid("command must not be empty")
+            }
+            Command::Shell(text) if text.trim().is_empty() => invalid("command must not be empty"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl std::fmt::Debug for ExecSpec {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("ExecSpec")
+            .field("command", &self.command)
+            .field("timeout_seconds", &self.timeout_seconds)
+            .field("stdin", &self.stdin.is_some())
+            .field("cwd", &self.cwd)
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_told_in_the_words_of_the_contract() {
+        let text = |spec: VmSpec| spec.check(3600).expect_err("outside").to_string();
+        let good = VmSpec::new("debian:12");
+        good.check(3600).expect("the defaults are inside");
+        assert_eq!(text(VmSpec { vcpu_count: 9, ..good.clone() }), "vcpu_count must be between 1 and 8");
+        assert_eq!(text(VmSpec { mem_mib: 255, ..good.clone() }), "mem_mib must be between 256 and 32768");
+        assert_eq!(text(VmSpec { ttl_seconds: 59, ..good }), "ttl_seconds must be between 60 and 3600");
+    }
+
+    #[test]
+    fn a_time_limit_must_be_positive_and_a_command_not_empty() {
+        let mut spec = ExecSpec::new(Command::argv(["true"]));
+        for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            spec.timeout_seconds = bad;
+            assert_eq!(spec.check().expect_err("refused").to_string(), "timeout_seconds must be positive");
+        }
+        let empty = ExecSpec::new(Command::Shell("  ".to_owned()));
+        assert_eq!(empty.check().expect_err("refused").kind(), ErrorKind::InvalidValue);
+    }
+}

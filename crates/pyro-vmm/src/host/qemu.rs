@@ -1,0 +1,203 @@
+//! Which QEMU this host has.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use pyro_process::{Child, Spawn};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use serde::{Deserialize, Serialize};
+
+use super::cache::Cache;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+const ANSWER_BYTES_MAX: usize = 4 << 10;
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What a QEMU says about itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QemuVersion {
+    /// Its version, as in `7.2.22`.
+    pub version: String,
+    /// Whether it was built with the seccomp sandbox.
+    pub sandbox: bool,
+}
+
+/// Why the version of a QEMU is not known.
+#[derive(Debug, thiserror::Error)]
+pub enum QemuVersionError {
+    /// The program could not be run.
+    #[error("cannot run {}", binary.display())]
+    Run {
+        /// The program.
+        binary: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The program ran and did not say a version.
+    #[error("{} does not tell its version", binary.display())]
+    NoVersion {
+        /// The program.
+        binary: PathBuf,
+    },
+}
+
+/// Which file a remembered version belongs to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct BinaryKey {
+    path: PathBuf,
+    modified: (i64, i64),
+    size: u64,
+}
+
+/// The first QEMU of `search_path`, which has the form of the variable `PATH`. Relative entries are skipped:
+/// they would run what lies in the current directory.
+pub fn find_qemu(search_path: &OsStr) -> Option<PathBuf> {
+    std::env::split_paths(search_path)
+        .filter(|dir| dir.is_absolute())
+        .map(|dir| dir.join(PROGRAM))
+        .find(|path| path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok())
+}
+
+/// Asks `binary` for its version, or `cache_file` if it was asked before and has not changed.
+///
+/// # Errors
+/// When it cannot be run, or does not say a version.
+pub fn qemu_version(binary: &Path, cache_file: &Path) -> Result<QemuVersion, QemuVersionError> {
+    let run_error = |source| QemuVersionError::Run { binary: binary.to_owned(), source };
+    let metadata = fs_err::metadata(binary).map_err(run_error)?;
+    let key = BinaryKey {
+        path: binary.to_owned(),
+        modified: (metadata.mtime(), metadata.mtime_nsec()),
+        size: metadata.size(),
+    };
+    let mut cache = Cache::read(cache_file);
+    if let Some(version) = cache.qemu_version(&key) {
+        return Ok(version);
+    }
+    let version = ask_version(binary).map_err(run_error)?;
+    let version = version.ok_or_else(|| QemuVersionError::NoVersion { binary: binary.to_owned() })?;
+    cache.set_qemu_version(key, version.clone());
+    cache.write(cache_file);
+    Ok(version)
+}
+
+/// QEMU reads its options in order, so one run tells both: it refuses `-sandbox` before it sees `-version`.
+fn ask_version(binary: &Path) -> io::Result<Option<QemuVersion>> {
+    let (status, answer) = run(binary, &["-sandbox", "on", "-version"])?;
+    if status.success() {
+        return Ok(parse_version(&answer).map(|version| QemuVersion { version, sandbox: true }));
+    }
+    let (_, answer) = run(binary, &["-version"])?;
+    Ok(parse_version(&answer).map(|version| QemuVersion { version, sandbox: false }))
+}
+
+fn parse_version(answer: &str) -> Option<String> {
+    let version = answer.split_once("version ")?.1.split_whitespace().next()?;
+    let plausible = version.starts_with(|c: char| c.is_ascii_digit())
+        && version.len() <= 40
+        && version.chars().all(|c| c.is_ascii_alphanumeric() || ".-+~_".contains(c));
+    plausible.then(|| version.to_owned())
+}
+
+/// Runs the program and returns the beginning of its output. Whatever it is, it neither hangs nor floods us.
+fn run(binary: &Path, args: &[&str]) -> io::Result<(ExitStatus, String)> {
+    let mut spawn = Spawn::new(binary, Path::new("/"));
+    spawn.args(args).stdout(Stdio::piped()).stderr(Stdio::null()).own_process_group();
+    let mut child = spawn.spawn()?;
+    let answer = read_answer(&mut child);
+    if answer.is_err() {
+        child.kill()?;
+    }
+    let status = child.wait()?;
+    Ok((status, String::from_utf8_lossy(&answer?).into_owned()))
+}
+
+fn read_answer(child: &mut Child) -> io::Result<Vec<u8>> {
+    let deadline = Instant::now() + ANSWER_DEADLINE;
+    let stdout = child.take_stdout().ok_or(io::ErrorKind::BrokenPipe)?;
+    let mut answer = Vec::new();
+    let mut buffer = [0; 1024];
+    while answer.len() < ANSWER_BYTES_MAX {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
+        let mut fds = [PollFd::new(&stdout, PollFlags::IN)];
+        match rustix::event::poll(&mut fds, Some(&timeout)) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        }
+        match rustix::io::read(&stdout, &mut buffer)? {
+            0 => return Ok(answer),
+            count => answer.extend_from_slice(&buffer[..count]),
+        }
+    }
+    Err(io::ErrorKind::FileTooLarge.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn script(dir: &Path, text: &str) -> PathBuf {
+        let path = dir.join(PROGRAM);
+        fs_err::write(&path, format!("#!/bin/sh\n{text}\n")).expect("written");
+        fs_err::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("executable");
+        path
+    }
+
+    #[test]
+    fn a_version_is_asked_for_once_and_again_when_the_program_changes() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let cache = dir.path().join("cache.json");
+        let text = format!(
+            "echo asked >> {}/log; echo 'QEMU emulator version 7.2.22 (Debian 1:7.2)'",
+            dir.path().display()
+        );
+        let binary = script(dir.path(), &text);
+        let expected = QemuVersion { version: "7.2.22".to_owned(), sandbox: true };
+        assert_eq!(qemu_version(&binary, &cache).expect("a version"), expected);
+        assert_eq!(qemu_version(&binary, &cache).expect("a version"), expected);
+        assert_eq!(fs_err::read_to_string(dir.path().join("log")).expect("a log"), "asked\n");
+
+        script(dir.path(), "case $1 in -sandbox) exit 1;; esac; echo 'QEMU emulator version 10.0.3'");
+        let changed = QemuVersion { version: "10.0.3".to_owned(), sandbox: false };
+        assert_eq!(qemu_version(&binary, &cache).expect("a version"), changed);
+    }
+
+    #[test]
+    fn a_program_that_is_no_qemu_is_an_error() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let cache = dir.path().join("cache.json");
+        let binary = script(dir.path(), "echo hello");
+        assert!(matches!(qemu_version(&binary, &cache), Err(QemuVersionError::NoVersion { .. })));
+        let binary = script(dir.path(), "exec yes");
+        assert!(matches!(qemu_version(&binary, &cache), Err(QemuVersionError::Run { .. })));
+        let missing = dir.path().join("missing");
+        assert!(matches!(qemu_version(&missing, &cache), Err(QemuVersionError::Run { .. })));
+    }
+
+    #[test]
+    fn the_search_skips_what_cannot_run_and_relative_directories() {
+        let dir = tempfile::tempdir().expect("a directory");
+        fs_err::create_dir(dir.path().join("a")).expect("made");
+        fs_err::create_dir(dir.path().join("b")).expect("made");
+        fs_err::write(dir.path().join("a").join(PROGRAM), "").expect("written");
+        let binary = script(&dir.path().join("b"), "true");
+        let path = std::env::join_paths([
+            Path::new(""),
+            Path::new("."),
+            &dir.path().join("a"),
+            &dir.path().join("b"),
+        ]);
+        assert_eq!(find_qemu(&path.expect("a path")), Some(binary));
+        assert_eq!(find_qemu(OsStr::new("")), None);
+    }
+}

@@ -1,0 +1,239 @@
+//! The command line of QEMU. Each option is here because it was measured or because a boot failed without it.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::{Accel, QemuConfig};
+use crate::spec::{DiskCache, MachineSpec};
+
+/// The numbers under which QEMU gets its ends of the socket pairs.
+pub(super) const CHANNEL_FD: RawFd = 3;
+pub(super) const CONTROL_FD: RawFd = 4;
+pub(super) const CONSOLE_FD: RawFd = 5;
+
+/// The name of the port of the guest channel, in the guest under `/sys/class/virtio-ports`.
+const PORT_NAME: &str = "agent";
+
+/// ACPI stays on: Debian's kernel finds its devices by it. The clock chip stays on: the kernel waits a second
+/// for one that is missing. The interrupt controller stays on: without it boots took longer.
+const MACHINE: &str = "microvm,x-option-roms=off,pit=off,isa-serial=on";
+
+/// The default code buffer is 1 GiB for each machine; a shell, git and Python together fill 33 MiB.
+const TCG: &str = "tcg,tb-size=128";
+/// All that the translator can do, so that programs built for x86-64-v2 and v3 run. The fast string moves and
+/// five-level paging cost more than they give when they are emulated.
+const TCG_CPU: &str = "max,erms=off,fsrm=off,la57=off";
+
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// For every machine: a reboot and a panic end it (with `-no-reboot`), and nothing is probed for that the
+/// machine does not have. The serial console costs 1 to 3 % of a boot and is the only witness of a panic.
+const KERNEL_ARGS: &[&str] = &[
+    "console=ttyS0",
+    "8250.nr_uarts=1",
+    "8250.skip_txen_test=1",
+    "quiet",
+    "reboot=t",
+    "panic=-1",
+    "random.trust_cpu=on",
+    "rcupdate.rcu_expedited=1",
+    "cryptomgr.notests",
+    "audit=0",
+    "i8042.noaux",
+    "i8042.nokbd",
+    "pci=off",
+    "raid=noautodetect",
+    "debugfs=off",
+];
+
+/// In software, defences against the leaks of a processor that is not there only cost time.
+const KERNEL_ARGS_TCG: &[&str] =
+    &["noreplace-smp", "mitigations=off", "nokaslr", "init_on_alloc=0", "apparmor=0", "selinux=0", "lsm="];
+
+/// All arguments after the program's name.
+pub(super) fn arguments(config: &QemuConfig, spec: &MachineSpec) -> Vec<OsString> {
+    let mut args = Arguments(Vec::new());
+    args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot");
+    args.option("-display", "none").option("-name", name(&spec.dir));
+    if config.sandbox {
+        args.option("-sandbox", SANDBOX);
+    }
+    args.option("-M", MACHINE).option("-accel", accelerator(config.accel, spec.vcpus));
+    args.option("-cpu", if config.accel == Accel::Kvm { "host" } else { TCG_CPU });
+    args.option("-m", spec.memory_mib.to_string()).option("-smp", spec.vcpus.to_string());
+    args.option("-kernel", &spec.kernel).option("-initrd", &spec.initramfs);
+    args.option("-append", kernel_command_line(config.accel, spec));
+
+    args.option("-chardev", format!("socket,id=control,fd={CONTROL_FD}"));
+    args.option("-mon", "chardev=control,mode=control");
+    args.option("-chardev", format!("socket,id=console,fd={CONSOLE_FD}"));
+    args.option("-serial", "chardev:console");
+    args.option("-chardev", format!("socket,id=channel,fd={CHANNEL_FD}"));
+    args.option("-device", "virtio-serial-device");
+    args.option("-device", format!("virtserialport,chardev=channel,name={PORT_NAME}"));
+
+    args.disk("rootfs", &root_disk(&spec.rootfs));
+    args.disk("overlay", &overlay_disk(&spec.overlay, spec.overlay_cache));
+    args.0
+}
+
+struct Arguments(Vec<OsString>);
+
+impl Arguments {
+    fn flag(&mut self, flag: &str) -> &mut Self {
+        self.0.push(flag.into());
+        self
+    }
+
+    fn option(&mut self, option: &str, value: impl Into<OsString>) -> &mut Self {
+        self.0.push(option.into());
+        self.0.push(value.into());
+        self
+    }
+
+    /// A full or failing disk of the host is an error that the guest sees; by default QEMU would pause the
+    /// machine for ever.
+    fn disk(&mut self, id: &str, node: &Value) -> &mut Self {
+        self.option("-blockdev", node.to_string());
+        self.option("-device", format!("virtio-blk-device,drive={id},werror=report,rerror=report"))
+    }
+}
+
+/// Disks are described in JSON, in which a path may hold commas and colons. Locks keep two machines off one
+/// overlay; a root disk that nobody writes may be opened by all.
+fn root_disk(path: &Path) -> Value {
+    json!({
+        "driver": "raw",
+        "node-name": "rootfs",
+        "read-only": true,
+        "file": { "driver": "file", "filename": path.to_string_lossy(), "locking": "on" },
+    })
+}
+
+fn overlay_disk(path: &Path, cache: DiskCache) -> Value {
+    json!({
+        "driver": "raw",
+        "node-name": "overlay",
+        "discard": "unmap",
+        "cache": { "no-flush": cache == DiskCache::Unsafe },
+        "file": { "driver": "file", "filename": path.to_string_lossy(), "locking": "on" },
+    })
+}
+
+fn accelerator(accel: Accel, vcpus: u8) -> String {
+    match accel {
+        Accel::Kvm => "kvm".to_owned(),
+        Accel::Tcg { .. } if vcpus > 1 => format!("{TCG},thread=multi"),
+        Accel::Tcg { .. } => TCG.to_owned(),
+    }
+}
+
+fn kernel_command_line(accel: Accel, spec: &MachineSpec) -> String {
+    let mut args: Vec<String> = KERNEL_ARGS.iter().map(|arg| (*arg).to_owned()).collect();
+    if let Accel::Tcg { tsc_khz } = accel {
+        args.extend(KERNEL_ARGS_TCG.iter().map(|arg| (*arg).to_owned()));
+        // Without it the kernel measures the TSC against a timer, fails now and then on a busy host, and then
+        // hangs. The guest's TSC is the host's.
+        if let Some(khz) = tsc_khz {
+            args.push(format!("tsc_early_khz={khz}"));
+            args.push("tsc=reliable".to_owned());
+        }
+    }
+    args.extend(spec.kernel_args.iter().cloned());
+    args.join(" ")
+}
+
+/// What process listings show: which machine this QEMU is.
+fn name(dir: &Path) -> String {
+    let dir = dir.file_name().unwrap_or_default().to_string_lossy();
+    let safe: String =
+        dir.chars().filter(|c| c.is_ascii_alphanumeric() || "-_.".contains(*c)).take(64).collect();
+    format!("pyro-{safe}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> MachineSpec {
+        MachineSpec {
+            dir: "/state/tasks/k3v9,x y".into(),
+            kernel: "/images/vmlinux".into(),
+            initramfs: "/images/initramfs.cpio".into(),
+            rootfs: "/images/a,b:c \"d\".erofs".into(),
+            overlay: "overlay.ext4".into(),
+            overlay_cache: DiskCache::Unsafe,
+            vcpus: 1,
+            memory_mib: 512,
+            kernel_args: vec!["pyro.task=k3v9".to_owned()],
+        }
+    }
+
+    fn config(accel: Accel) -> QemuConfig {
+        QemuConfig { binary: "qemu".into(), version: "7.2.22".to_owned(), sandbox: true, accel }
+    }
+
+    fn line(config: &QemuConfig, spec: &MachineSpec) -> String {
+        let args = arguments(config, spec);
+        let args: Vec<String> = args.into_iter().map(|arg| arg.into_string().expect("UTF-8")).collect();
+        args.join("\n").replace("\n-", "\x00-").replace('\n', " ").replace('\x00', "\n")
+    }
+
+    #[test]
+    fn a_machine_in_software() {
+        let expected = r#"-nodefaults
+-no-user-config
+-no-reboot
+-display none
+-name pyro-k3v9xy
+-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+-M microvm,x-option-roms=off,pit=off,isa-serial=on
+-accel tcg,tb-size=128
+-cpu max,erms=off,fsrm=off,la57=off
+-m 512
+-smp 1
+-kernel /images/vmlinux
+-initrd /images/initramfs.cpio
+-append console=ttyS0 8250.nr_uarts=1 8250.skip_txen_test=1 quiet reboot=t panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 cryptomgr.notests audit=0 i8042.noaux i8042.nokbd pci=off raid=noautodetect debugfs=off noreplace-smp mitigations=off nokaslr init_on_alloc=0 apparmor=0 selinux=0 lsm= tsc_early_khz=2596120 tsc=reliable pyro.task=k3v9
+-chardev socket,id=control,fd=4
+-mon chardev=control,mode=control
+-chardev socket,id=console,fd=5
+-serial chardev:console
+-chardev socket,id=channel,fd=3
+-device virtio-serial-device
+-device virtserialport,chardev=channel,name=agent
+-blockdev {"driver":"raw","file":{"driver":"file","filename":"/images/a,b:c \"d\".erofs","locking":"on"},"node-name":"rootfs","read-only":true}
+-device virtio-blk-device,drive=rootfs,werror=report,rerror=report
+-blockdev {"cache":{"no-flush":true},"discard":"unmap","driver":"raw","file":{"driver":"file","filename":"overlay.ext4","locking":"on"},"node-name":"overlay"}
+-device virtio-blk-device,drive=overlay,werror=report,rerror=report"#;
+        assert_eq!(line(&config(Accel::Tcg { tsc_khz: Some(2_596_120) }), &spec()), expected);
+    }
+
+    #[test]
+    fn the_guest_of_a_real_processor_keeps_its_defences() {
+        let line = line(&config(Accel::Kvm), &spec());
+        assert!(line.contains("-accel kvm\n-cpu host\n"), "{line}");
+        for absent in ["tsc", "mitigations=off", "nokaslr", "init_on_alloc", "tb-size"] {
+            assert!(!line.contains(absent), "{absent} in {line}");
+        }
+    }
+
+    #[test]
+    fn what_a_spec_changes() {
+        let spec = MachineSpec { vcpus: 2, overlay_cache: DiskCache::Writeback, ..spec() };
+        let config = QemuConfig { sandbox: false, ..config(Accel::Tcg { tsc_khz: None }) };
+        let line = line(&config, &spec);
+        assert!(line.contains("tb-size=128,thread=multi") && line.contains("-smp 2"), "{line}");
+        assert!(line.contains(r#""no-flush":false"#), "{line}");
+        assert!(!line.contains("-sandbox") && !line.contains("tsc_early_khz"), "{line}");
+    }
+
+    #[test]
+    fn the_kernel_takes_the_longest_command_line() {
+        let spec = MachineSpec { kernel_args: vec!["x".repeat(1199)], ..spec() };
+        assert!(kernel_command_line(Accel::Tcg { tsc_khz: Some(u32::MAX) }, &spec).len() < 2048);
+    }
+}
