@@ -14,7 +14,7 @@ use rustix::mount::{MountFlags, mount};
 const MOUNT: &str = "/cgroup";
 
 /// Memory that commands cannot take: the kernel's own needs and the agent, in bytes.
-const RESERVE: u64 = 40 << 20;
+const RESERVE: u64 = 64 << 20;
 
 /// The group of all commands.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::lock::{Attempt, Mode, attempt};
 use crate::tool::{self, Tools};
-use crate::{files, lock};
+use crate::files;
 
 /// A directory of our own, removed with everything in it when dropped.
 #[derive(Debug)]
@@ -57,7 +57,7 @@ pub(crate) fn sweep(root: &Path, tools: &Tools) -> io::Result<usize> {
     let mut removed = 0;
     for entry in fs_err::read_dir(root)? {
         let path = entry?.path();
-        if let lock::Attempt::Locked(held) = attempt(&path, Mode::Exclusive)? {
+        if let Ok(Attempt::Locked(held)) = attempt(&path, Mode::Exclusive) {
             removed += usize::from(remove(&path, tools).is_ok());
             drop(held);
         }

@@ -1,5 +1,7 @@
-//! Real machines. The guest is made by `tests/guest/build.sh`; `PYRO_TEST_VMLINUX` names the kernel, and
+//! Real machines. The guest is made by `tests/guest/build.sh`; `PYRO_TEST_KERNEL` names the `vmlinux`, and
 //! `PYRO_TEST_VMM_INITRAMFS` what the script built. Without them the tests say that they are skipped.
+
+#![expect(clippy::print_stdout, reason = "a skipped test says so")]
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,7 +31,7 @@ struct Guest {
 
 impl Bench {
     fn new(test: &str) -> Option<Self> {
-        let kernel = file_from_env(test, "PYRO_TEST_VMLINUX")?;
+        let kernel = file_from_env(test, "PYRO_TEST_KERNEL")?;
         let initramfs = file_from_env(test, "PYRO_TEST_VMM_INITRAMFS")?;
         let path = std::env::var_os("PATH").unwrap_or_default();
         let Some(binary) = find_qemu(&path) else {

@@ -1,0 +1,103 @@
+//! The modules of a package and the order in which they can be loaded.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+
+use super::modinfo::{is_name, normalized};
+use super::{KernelError, MOST_MODULE, ModinfoError, parse_modinfo};
+use crate::tree::decoder_with_xz;
+
+/// A module file, uncompressed.
+#[derive(Clone, Debug)]
+pub(crate) struct Module {
+    pub(crate) name: String,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// The module's name if `path` is a module's.
+pub(super) fn name_of(path: &str) -> Option<String> {
+    let file = path.rsplit('/').next()?;
+    let stem = [".ko", ".ko.xz", ".ko.zst", ".ko.gz"].iter().find_map(|end| file.strip_suffix(end))?;
+    is_name(stem).then(|| normalized(stem))
+}
+
+/// All modules of a package.
+#[derive(Debug)]
+pub(super) struct Set {
+    files: BTreeMap<String, Vec<u8>>,
+    builtin: BTreeSet<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mark {
+    Open,
+    Done,
+}
+
+impl Set {
+    /// `builtin` is the text of `modules.builtin`: one path a line.
+    pub(super) fn new(files: BTreeMap<String, Vec<u8>>, builtin: &str) -> Self {
+        Self { files, builtin: builtin.lines().filter_map(name_of).collect() }
+    }
+
+    /// Both lists with everything that they need, no module twice.
+    pub(super) fn select(
+        &self,
+        first: &[&str],
+        second: &[&str],
+    ) -> Result<(Vec<Module>, Vec<Module>), KernelError> {
+        let mut marks = BTreeMap::new();
+        let mut lists = [Vec::new(), Vec::new()];
+        for (names, list) in [first, second].into_iter().zip(&mut lists) {
+            for name in names {
+                self.visit(name, &mut marks, list)?;
+            }
+        }
+        let [first, second] = lists;
+        Ok((first, second))
+    }
+
+    /// Depth first: a module comes after all that it needs. The depth is bounded by the number of modules
+    /// that are open at once, each of which is another one.
+    fn visit(
+        &self,
+        name: &str,
+        marks: &mut BTreeMap<String, Mark>,
+        list: &mut Vec<Module>,
+    ) -> Result<(), KernelError> {
+        const DEEPEST: usize = 64;
+        if self.builtin.contains(name) {
+            return Ok(());
+        }
+        match marks.get(name) {
+            Some(Mark::Done) => return Ok(()),
+            Some(Mark::Open) => return Err(KernelError::Cycle(name.to_owned())),
+            None => {}
+        }
+        let file = self.files.get(name).ok_or_else(|| KernelError::MissingModule(name.to_owned()))?;
+        let damaged = |source| KernelError::Module { name: name.to_owned(), source };
+        let bytes = decompressed(file).map_err(damaged)?;
+        let info = parse_modinfo(&bytes).map_err(damaged)?;
+        marks.insert(name.to_owned(), Mark::Open);
+        if marks.values().filter(|mark| **mark == Mark::Open).count() > DEEPEST {
+            return Err(KernelError::Cycle(name.to_owned()));
+        }
+        // A soft dependency may be an alias or left out of the build: what is not there is not needed.
+        let soft = info.softdeps.iter().filter(|name| self.files.contains_key(*name));
+        for needed in soft.chain(&info.depends) {
+            self.visit(needed, marks, list)?;
+        }
+        marks.insert(name.to_owned(), Mark::Done);
+        list.push(Module { name: name.to_owned(), bytes });
+        Ok(())
+    }
+}
+
+fn decompressed(file: &[u8]) -> Result<Vec<u8>, ModinfoError> {
+    let mut bytes = Vec::new();
+    let read = decoder_with_xz(file).and_then(|decoder| decoder.take(MOST_MODULE + 1).read_to_end(&mut bytes));
+    match read {
+        Ok(length) if length as u64 <= MOST_MODULE => Ok(bytes),
+        _ => Err(ModinfoError::Compression),
+    }
+}

@@ -1,0 +1,284 @@
+//! Building an environment and putting it in place.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::time::Duration;
+
+use super::entry::{Installation, Pulled};
+use super::paths::{MANIFEST, POINTER, ROOTFS};
+use super::{Environment, Store};
+use crate::catalog::Definition;
+use crate::debian::{self, KernelSource, Request, Sources};
+use crate::digest::DigestError;
+use crate::lock::{self, Attempt, Mode};
+use crate::manifest::{self, FORMAT_VERSION, FileRecord, Manifest, Pointer};
+use crate::progress::Progress;
+use crate::staging::Staging;
+use crate::tree::{Limits, TreeError, flatten};
+use crate::{ImageError, erofs, files};
+
+const SOURCE: &str = "debian-packages";
+/// How often a lock that somebody else holds is tried.
+const BEAT: Duration = Duration::from_millis(100);
+
+/// How closely an installation is looked at before it is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scrutiny {
+    /// Size, time and inode; what differs in them is hashed.
+    Cheap,
+    /// Every byte.
+    Full,
+}
+
+impl Store {
+    pub(super) fn ensure_definition(
+        &self,
+        definition: &Definition,
+        progress: &dyn Progress,
+    ) -> Result<Environment, ImageError> {
+        const ATTEMPTS: usize = 3;
+        // A prune may remove what was just installed before it is leased; then it is installed again.
+        for _ in 0..ATTEMPTS {
+            if let Some(environment) = self.lease(definition, Scrutiny::Cheap, progress)? {
+                return Ok(environment);
+            }
+            let (environment, _built) = self.install(definition, Scrutiny::Cheap, progress)?;
+            if let Some(environment) = environment {
+                return Ok(environment);
+            }
+        }
+        Err(ImageError::InUse { name: definition.name.to_owned() })
+    }
+
+    pub(super) fn pull_definition(
+        &self,
+        definition: &Definition,
+        progress: &dyn Progress,
+    ) -> Result<Pulled, ImageError> {
+        let (environment, built) = self.install(definition, Scrutiny::Full, progress)?;
+        let environment = environment.ok_or_else(|| ImageError::InUse { name: definition.name.to_owned() })?;
+        Ok(Pulled {
+            entry: self.entry(definition)?,
+            kernel_image: environment.kernel.clone(),
+            rootfs_image: environment.rootfs.clone(),
+            source: if built { SOURCE } else { "cache" }.to_owned(),
+        })
+    }
+
+    /// Builds unless there is a whole installation; says whether it built.
+    fn install(
+        &self,
+        definition: &Definition,
+        scrutiny: Scrutiny,
+        progress: &dyn Progress,
+    ) -> Result<(Option<Environment>, bool), ImageError> {
+        let _lock = self.lock_environment(definition, progress)?;
+        if let Some(environment) = self.lease(definition, scrutiny, progress)? {
+            return Ok((Some(environment), false));
+        }
+        self.build(definition, progress)?;
+        Ok((self.lease(definition, Scrutiny::Cheap, progress)?, true))
+    }
+
+    fn lock_environment(&self, definition: &Definition, progress: &dyn Progress) -> Result<File, ImageError> {
+        let path = self.paths.lock(definition.name);
+        let mut told = false;
+        loop {
+            match lock::attempt_file(&path).map_err(ImageError::cache(&path))? {
+                Attempt::Locked(file) => return Ok(file),
+                Attempt::Held | Attempt::Gone => {}
+            }
+            if !told {
+                told = true;
+                progress.phase("waiting", "another process is pulling the same environment");
+            }
+            if progress.cancelled() {
+                return Err(ImageError::Cancelled);
+            }
+            std::thread::sleep(BEAT);
+        }
+    }
+
+    /// Leases the present installation if it is whole.
+    fn lease(
+        &self,
+        definition: &Definition,
+        scrutiny: Scrutiny,
+        progress: &dyn Progress,
+    ) -> Result<Option<Environment>, ImageError> {
+        let cancelled = || progress.cancelled();
+        let Some(installation) = self.installation(definition)? else { return Ok(None) };
+        let Some(rootfs_lease) = shared(&installation.directory)? else { return Ok(None) };
+        let kernel_digest = &installation.manifest.kernel_digest;
+        let Some(kernel_lease) = shared(&self.paths.kernel(kernel_digest))? else { return Ok(None) };
+        let Some(kernel) = self.stored_kernel(kernel_digest)? else { return Ok(None) };
+
+        let untouched = installation.looks_untouched() && kernel.looks_untouched();
+        if scrutiny == Scrutiny::Full || !untouched {
+            progress.phase("verifying", definition.name);
+            if installation.verify(&cancelled)?.is_some() || kernel.verify(&cancelled)?.is_some() {
+                return Ok(None);
+            }
+        }
+        if !installation.looks_untouched() {
+            refresh(&installation, &cancelled)?;
+        }
+        let initramfs = self.initramfs(&kernel)?;
+        Ok(Some(Environment {
+            name: definition.name.to_owned(),
+            version: installation.manifest.version.clone(),
+            digest: installation.manifest.digest.clone(),
+            kernel_digest: kernel_digest.clone(),
+            kernel: kernel.image(),
+            initramfs,
+            rootfs: installation.rootfs(),
+            leases: [rootfs_lease, kernel_lease],
+        }))
+    }
+
+    fn build(&self, definition: &Definition, progress: &dyn Progress) -> Result<(), ImageError> {
+        let cancelled = || progress.cancelled();
+        self.check_space(definition.build_mib)?;
+        let sources = Sources::find(self.config.0.apt_sources.as_deref())?;
+        debian::check_subordinate_ids()?;
+        let root = self.paths.staging();
+        let staging = Staging::create(&root, &self.tools).map_err(ImageError::cache(&root))?;
+        // Held until the end, so that a kernel that is not fetched again cannot go away.
+        let mut kernels = self.whole_kernels(&cancelled)?;
+        let kernels_stored: Vec<String> = kernels.keys().cloned().collect();
+        let request = Request {
+            definition,
+            sources: &sources,
+            tools: &self.tools,
+            staging: staging.path(),
+            kernels_stored: &kernels_stored,
+        };
+        let built = debian::build(&request, progress)?;
+        let (kernel_digest, _kernel_lease) = match &built.kernel {
+            KernelSource::Package(package) => {
+                progress.phase("storing kernel", "");
+                self.store_kernel(package, &staging, &cancelled)?
+            }
+            KernelSource::Stored(digest) => {
+                let lease = kernels.remove(digest).ok_or(debian::DebianError::NoKernel)?;
+                (digest.clone(), lease)
+            }
+        };
+        progress.phase("writing image", "");
+        let directory = staging.path().join("environment");
+        create_private(&directory)?;
+        let image = directory.join(ROOTFS);
+        let limits = Limits::default();
+        let tree = flatten(&built.layers, &limits, &cancelled)?;
+        let mut file =
+            fs_err::File::create_new(&image).map_err(ImageError::cache(&image))?.into_file();
+        erofs::write_image(&tree, &built.layers, &limits, &mut file, &cancelled)?;
+        file.sync_all().map_err(ImageError::cache(&image))?;
+        drop(file);
+        progress.phase("installing", "");
+        let record = recorded(&image, &cancelled)?;
+        let manifest = Manifest {
+            format_version: FORMAT_VERSION,
+            name: definition.name.to_owned(),
+            version: definition.version.to_owned(),
+            catalog_version: self.config.0.catalog_version.clone(),
+            digest: record.sha256.clone(),
+            kernel_digest,
+            source: SOURCE.to_owned(),
+            packages: built.packages,
+            files: BTreeMap::from([(ROOTFS.to_owned(), record)]),
+        };
+        let bytes = manifest::encode(&manifest).map_err(ImageError::cache(&directory))?;
+        write_in(&directory, MANIFEST, &bytes, &cancelled)?;
+
+        let home = self.paths.environment(definition.name);
+        create_private(&home)?;
+        let _lease = rename_into_place(&directory, &home.join(&manifest.digest), &staging)?;
+        let pointer = Pointer { format_version: FORMAT_VERSION, digest: manifest.digest };
+        let pointer = manifest::encode(&pointer).map_err(ImageError::cache(&home))?;
+        files::replace(&home.join(POINTER), &pointer).map_err(ImageError::cache(&home))?;
+        files::sync_directory(&self.paths.environments()).map_err(ImageError::cache(&home))
+    }
+
+    /// Refuses a build that would fill the disk.
+    fn check_space(&self, needed_mib: u64) -> Result<(), ImageError> {
+        let free_mib = self.free_mib()?;
+        if free_mib < needed_mib {
+            return Err(ImageError::DiskSpace { path: self.paths.root().to_owned(), needed_mib, free_mib });
+        }
+        Ok(())
+    }
+
+    pub(super) fn free_mib(&self) -> Result<u64, ImageError> {
+        let root = self.paths.root();
+        let found = rustix::fs::statvfs(root).map_err(|errno| ImageError::cache(root)(errno.into()))?;
+        Ok(found.f_bavail.saturating_mul(found.f_frsize) >> 20)
+    }
+}
+
+/// Writes the present times and inodes down, so that the next look is cheap again.
+fn refresh(installation: &Installation, cancelled: &dyn Fn() -> bool) -> Result<(), ImageError> {
+    let mut manifest = installation.manifest.clone();
+    manifest.files.insert(ROOTFS.to_owned(), recorded(&installation.rootfs(), cancelled)?);
+    let path = installation.directory.join(MANIFEST);
+    let bytes = manifest::encode(&manifest).map_err(ImageError::cache(&path))?;
+    files::replace(&path, &bytes).map_err(ImageError::cache(path))
+}
+
+/// A shared lock on a directory; `None` when it is gone or being removed.
+fn shared(directory: &Path) -> Result<Option<File>, ImageError> {
+    match lock::attempt(directory, Mode::Shared).map_err(ImageError::cache(directory))? {
+        Attempt::Locked(lease) => Ok(Some(lease)),
+        Attempt::Held | Attempt::Gone => Ok(None),
+    }
+}
+
+pub(super) fn create_private(directory: &Path) -> Result<(), ImageError> {
+    let mut builder = fs_err::DirBuilder::new();
+    DirBuilderExt::mode(&mut builder, 0o700);
+    builder.recursive(true);
+    builder.create(directory).map_err(ImageError::cache(directory))
+}
+
+pub(super) fn recorded(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<FileRecord, ImageError> {
+    FileRecord::take(path, cancelled).map_err(|error| match error {
+        DigestError::Cancelled => ImageError::Cancelled,
+        DigestError::Read(source) => ImageError::cache(path)(source),
+    })
+}
+
+/// Writes and syncs a new file of an install directory.
+pub(super) fn write_in(
+    directory: &Path,
+    name: &str,
+    bytes: &[u8],
+    cancelled: &dyn Fn() -> bool,
+) -> Result<FileRecord, ImageError> {
+    let path = directory.join(name);
+    files::write_new(&path, bytes).map_err(ImageError::cache(&path))?;
+    recorded(&path, cancelled)
+}
+
+/// Moves a finished directory to its place, durably, and returns a lease on it.
+///
+/// What stands there already is damaged or the same: it is moved out of the way. Whoever has its files open
+/// keeps them.
+pub(super) fn rename_into_place(from: &Path, to: &Path, staging: &Staging) -> Result<File, ImageError> {
+    files::sync_directory(from).map_err(ImageError::cache(from))?;
+    // Locked before anybody else can see it, so that no prune comes between.
+    let Attempt::Locked(lease) = lock::attempt(from, Mode::Shared).map_err(ImageError::cache(from))? else {
+        let error = std::io::Error::other("somebody else holds an unfinished directory");
+        return Err(ImageError::cache(from)(error));
+    };
+    match staging.discard(to) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(ImageError::cache(to)(error)),
+    }
+    fs_err::rename(from, to).map_err(ImageError::cache(to))?;
+    let parent = to.parent().unwrap_or(to);
+    files::sync_directory(parent).map_err(ImageError::cache(parent))?;
+    Ok(lease)
+}

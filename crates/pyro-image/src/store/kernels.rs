@@ -1,0 +1,182 @@
+//! Stored kernels, and the initramfs for each agent.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use super::Store;
+use super::entry::{usable, verify_file};
+use super::install::{recorded, rename_into_place, write_in};
+use super::paths::{MANIFEST, MODULES, ORDER, VMLINUX, VSOCK_ORDER};
+use crate::initramfs::{self, ModuleFile};
+use crate::kernel::{self, Module};
+use crate::lock::{self, Attempt, Mode};
+use crate::manifest::{self, FORMAT_VERSION, InitramfsManifest, KernelManifest};
+use crate::staging::Staging;
+use crate::{ImageError, digest, files};
+
+/// A kernel as its manifest describes it.
+#[derive(Clone, Debug)]
+pub(super) struct StoredKernel {
+    directory: PathBuf,
+    pub(super) manifest: KernelManifest,
+}
+
+impl StoredKernel {
+    pub(super) fn image(&self) -> PathBuf {
+        self.directory.join(VMLINUX)
+    }
+
+    pub(super) fn looks_untouched(&self) -> bool {
+        self.is_complete()
+            && self
+                .manifest
+                .files
+                .iter()
+                .all(|(name, record)| record.looks_untouched(&self.directory.join(name)))
+    }
+
+    /// Hashes everything; the text says what is wrong.
+    pub(super) fn verify(&self, cancelled: &dyn Fn() -> bool) -> Result<Option<String>, ImageError> {
+        if !self.is_complete() {
+            return Ok(Some("the kernel's manifest is incomplete".to_owned()));
+        }
+        for (name, record) in &self.manifest.files {
+            let problem = verify_file(&self.directory.join(name), record, cancelled)?;
+            if problem.is_some() {
+                return Ok(problem);
+            }
+        }
+        Ok(None)
+    }
+
+    fn is_complete(&self) -> bool {
+        let has = |name: &str| self.manifest.files.contains_key(name);
+        has(VMLINUX) && has(&in_modules(ORDER)) && has(&in_modules(VSOCK_ORDER))
+    }
+}
+
+impl Store {
+    /// The kernel of this package digest; `None` when it is missing or its manifest is garbled.
+    pub(super) fn stored_kernel(&self, digest: &str) -> Result<Option<StoredKernel>, ImageError> {
+        let directory = self.paths.kernel(digest);
+        let found = usable(&directory.join(MANIFEST), KernelManifest::parse)?;
+        Ok(found
+            .filter(|manifest| manifest.digest == digest)
+            .map(|manifest| StoredKernel { directory, manifest }))
+    }
+
+    /// The kernels that are whole, each held by a shared lock so that it stays.
+    pub(super) fn whole_kernels(
+        &self,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<BTreeMap<String, File>, ImageError> {
+        let root = self.paths.kernels();
+        let mut whole = BTreeMap::new();
+        for entry in fs_err::read_dir(&root).map_err(ImageError::cache(&root))? {
+            let entry = entry.map_err(ImageError::cache(&root))?;
+            let Some(digest) = entry.file_name().to_str().filter(|name| digest::is_digest(name)).map(str::to_owned)
+            else {
+                continue;
+            };
+            let directory = entry.path();
+            let Attempt::Locked(lease) =
+                lock::attempt(&directory, Mode::Shared).map_err(ImageError::cache(&directory))?
+            else {
+                continue;
+            };
+            if let Some(kernel) = self.stored_kernel(&digest)?
+                && kernel.verify(cancelled)?.is_none()
+            {
+                whole.insert(digest, lease);
+            }
+        }
+        Ok(whole)
+    }
+
+    /// Takes a package apart and stores what is in it; returns its digest and a lease.
+    pub(super) fn store_kernel(
+        &self,
+        package: &Path,
+        staging: &Staging,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<(String, File), ImageError> {
+        let digest = recorded(package, cancelled)?.sha256;
+        let file = fs_err::File::open(package).map_err(ImageError::cache(package))?;
+        let kernel = kernel::unpack_package(std::io::BufReader::new(file), cancelled)?;
+        let directory = staging.path().join("kernel");
+        let modules = directory.join(MODULES);
+        for made in [&directory, &modules] {
+            fs_err::create_dir(made).map_err(ImageError::cache(made))?;
+        }
+        let mut files = BTreeMap::new();
+        let mut add = |name: String, bytes: &[u8]| -> Result<(), ImageError> {
+            files.insert(name.clone(), write_in(&directory, &name, bytes, cancelled)?);
+            Ok(())
+        };
+        add(VMLINUX.to_owned(), &kernel.image)?;
+        let mut number = 0;
+        for (list, order) in [(&kernel.modules, ORDER), (&kernel.vsock_modules, VSOCK_ORDER)] {
+            let named = named(list, &mut number);
+            let text: String = named.iter().map(|(name, _)| format!("{name}\n")).collect();
+            add(in_modules(order), text.as_bytes())?;
+            for (name, module) in named {
+                add(in_modules(&name), &module.bytes)?;
+            }
+        }
+        let manifest =
+            KernelManifest { format_version: FORMAT_VERSION, digest: digest.clone(), release: kernel.release, files };
+        let bytes = manifest::encode(&manifest).map_err(ImageError::cache(&directory))?;
+        write_in(&directory, MANIFEST, &bytes, cancelled)?;
+        files::sync_directory(&modules).map_err(ImageError::cache(&modules))?;
+        let lease = rename_into_place(&directory, &self.paths.kernel(&digest), staging)?;
+        Ok((digest, lease))
+    }
+
+    /// The initramfs of a kernel with this store's agent, made when it is missing or was touched.
+    pub(super) fn initramfs(&self, kernel: &StoredKernel) -> Result<PathBuf, ImageError> {
+        let agent = self.agent_digest();
+        let path = kernel.directory.join(format!("initramfs-{agent}.cpio"));
+        let record = path.with_extension("json");
+        if let Some(manifest) = usable(&record, InitramfsManifest::parse)?
+            && manifest.file.looks_untouched(&path)
+        {
+            return Ok(path);
+        }
+        // Deterministic: whoever else makes it at this moment writes the same bytes.
+        let bytes = self.build_initramfs(kernel).map_err(ImageError::cache(&path))?;
+        files::replace(&path, &bytes).map_err(ImageError::cache(&path))?;
+        let manifest = InitramfsManifest { format_version: FORMAT_VERSION, file: recorded(&path, &|| false)? };
+        let text = manifest::encode(&manifest).map_err(ImageError::cache(&record))?;
+        files::replace(&record, &text).map_err(ImageError::cache(&record))?;
+        Ok(path)
+    }
+
+    fn build_initramfs(&self, kernel: &StoredKernel) -> std::io::Result<Vec<u8>> {
+        const MOST: u64 = 64 << 20;
+        let prefix = in_modules("");
+        let names = kernel.manifest.files.keys().filter_map(|name| name.strip_prefix(&prefix));
+        let modules = names
+            .map(|name| {
+                let path = kernel.directory.join(MODULES).join(name);
+                Ok(ModuleFile { name: name.to_owned(), bytes: files::read_bounded(&path, MOST)? })
+            })
+            .collect::<std::io::Result<Vec<_>>>()?;
+        initramfs::build(&self.config.0.agent, &modules)
+    }
+}
+
+fn in_modules(name: &str) -> String {
+    format!("{MODULES}/{name}")
+}
+
+/// File names that sort in the order of loading.
+fn named<'a>(modules: &'a [Module], number: &mut usize) -> Vec<(String, &'a Module)> {
+    modules
+        .iter()
+        .map(|module| {
+            *number += 1;
+            (format!("{:02}-{}.ko", *number, module.name), module)
+        })
+        .collect()
+}

@@ -1,0 +1,82 @@
+//! The names of everything in the cache directory.
+
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::ImageError;
+
+#[derive(Clone, Debug)]
+pub(super) struct Paths {
+    root: PathBuf,
+}
+
+pub(super) const ROOTFS: &str = "rootfs.erofs";
+pub(super) const MANIFEST: &str = "manifest.json";
+pub(super) const POINTER: &str = "current";
+pub(super) const VMLINUX: &str = "vmlinux";
+pub(super) const MODULES: &str = "modules";
+pub(super) const ORDER: &str = "order";
+pub(super) const VSOCK_ORDER: &str = "order.vsock";
+
+impl Paths {
+    /// Makes the directories; only their owner may look into them.
+    pub(super) fn create(root: &Path) -> Result<Self, ImageError> {
+        let root = std::path::absolute(root).map_err(ImageError::cache(root))?;
+        let paths = Self { root };
+        for directory in [
+            paths.root.clone(),
+            paths.environments(),
+            paths.kernels(),
+            paths.staging(),
+            paths.root.join("locks"),
+        ] {
+            let mut builder = fs_err::DirBuilder::new();
+            DirBuilderExt::mode(&mut builder, 0o700);
+            builder.recursive(true);
+            builder.create(&directory).map_err(ImageError::cache(&directory))?;
+        }
+        let mode = fs_err::metadata(&paths.root).map_err(ImageError::cache(&paths.root))?.permissions().mode();
+        if mode & 0o777 != 0o700 {
+            let private = std::fs::Permissions::from_mode(0o700);
+            fs_err::set_permissions(&paths.root, private).map_err(ImageError::cache(&paths.root))?;
+        }
+        Ok(paths)
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub(super) fn staging(&self) -> PathBuf {
+        self.root.join("staging")
+    }
+
+    pub(super) fn environments(&self) -> PathBuf {
+        self.root.join("envs")
+    }
+
+    pub(super) fn kernels(&self) -> PathBuf {
+        self.root.join("kernels")
+    }
+
+    /// The directory of all installations of an environment.
+    pub(super) fn environment(&self, name: &str) -> PathBuf {
+        self.environments().join(file_name(name))
+    }
+
+    pub(super) fn lock(&self, name: &str) -> PathBuf {
+        self.root.join("locks").join(file_name(name))
+    }
+
+    pub(super) fn kernel(&self, digest: &str) -> PathBuf {
+        self.kernels().join(digest)
+    }
+
+    pub(super) fn overlay(&self, size_mib: u32) -> PathBuf {
+        self.root.join(format!("overlay-{size_mib}.ext4"))
+    }
+}
+
+pub(super) fn file_name(name: &str) -> String {
+    name.replace(':', "_")
+}

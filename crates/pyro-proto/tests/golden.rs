@@ -1,0 +1,47 @@
+//! The wire format, frozen: a change here is a change that older guests and hosts cannot read.
+
+use prost::Message;
+use pyro_proto::resync::{Kind, mark};
+use pyro_proto::{EnvVar, ExecEvent, ExecExited, ExecInput, ExecStart, exec_event, exec_exited, exec_input};
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn a_resync_mark() {
+    assert_eq!(hex(&mark(Kind::Syn, &[0xab; 16])), "00ff537079726f2d726573796e63010a53abababababababababababababababab");
+}
+
+#[test]
+fn a_start_and_an_end() {
+    let start = ExecStart {
+        argv: vec!["git".into(), "--version".into()],
+        env: vec![EnvVar { name: "A".into(), value: "b".into() }],
+        cwd: "/workspace".into(),
+        stdin: true,
+        timeout_millis: 30_000,
+        kill_after_millis: 2_000,
+        ..ExecStart::default()
+    };
+    let start = ExecInput { kind: Some(exec_input::Kind::Start(start)) };
+    assert_eq!(
+        hex(&start.encode_to_vec()),
+        "0a2d0a036769740a092d2d76657273696f6e1a060a0141120162220a2f776f726b7370616365280130b0ea0138d00f"
+    );
+    let exited = ExecExited {
+        status: Some(exec_exited::Status::Code(7)),
+        duration_micros: 1_000,
+        ..ExecExited::default()
+    };
+    let exited = ExecEvent { kind: Some(exec_event::Kind::Exited(exited)) };
+    assert_eq!(hex(&exited.encode_to_vec()), "2205080730e807");
+}
+
+#[test]
+fn a_length_beyond_the_bytes_is_an_error_not_an_allocation() {
+    // Field 1, length-delimited, 2^60 bytes long.
+    let mut bytes = vec![0x0a];
+    prost::encoding::encode_varint(1 << 60, &mut bytes);
+    ExecInput::decode(bytes.as_slice()).expect_err("refused");
+}
