@@ -1,6 +1,7 @@
 //! Durable files: written beside their place, synced, renamed, and the directory synced after that.
 
 use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 /// Writes `bytes` to `path`, which holds either its old or its new contents at any moment.
@@ -46,4 +47,14 @@ pub(crate) fn random_name() -> io::Result<String> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes).map_err(io::Error::other)?;
     Ok(format!("{:032x}", u128::from_le_bytes(bytes)))
+}
+
+/// Makes a new directory of mode 0700.
+pub(crate) fn create_private(path: &Path) -> io::Result<()> {
+    std::fs::DirBuilder::new().mode(0o700).create(path)
+}
+
+/// Makes a directory of mode 0700, and its parents, unless it exists.
+pub(crate) fn create_private_all(path: &Path) -> io::Result<()> {
+    std::fs::DirBuilder::new().mode(0o700).recursive(true).create(path)
 }

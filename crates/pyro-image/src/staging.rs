@@ -4,7 +4,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use crate::lock::{Attempt, Mode, attempt};
@@ -24,9 +23,7 @@ impl Staging {
     pub(crate) fn create(root: &Path, tools: &Tools) -> io::Result<Self> {
         loop {
             let path = root.join(files::random_name()?);
-            let mut builder = fs_err::DirBuilder::new();
-            std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-            builder.create(&path)?;
+            files::create_private(&path)?;
             match attempt(&path, Mode::Exclusive)? {
                 Attempt::Locked(file) => return Ok(Self { path, tools: tools.clone(), _lock: file }),
                 // A sweeper saw the directory before its lock; what it removes is empty.

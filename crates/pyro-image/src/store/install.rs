@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -16,7 +15,7 @@ use crate::lock::{self, Attempt, Mode};
 use crate::manifest::{self, FORMAT_VERSION, FileRecord, Manifest, Pointer};
 use crate::progress::Progress;
 use crate::staging::Staging;
-use crate::tree::{Limits, TreeError, flatten};
+use crate::tree::{Limits, flatten};
 use crate::{ImageError, erofs, files};
 
 const SOURCE: &str = "debian-packages";
@@ -168,7 +167,7 @@ impl Store {
         };
         progress.phase("writing image", "");
         let directory = staging.path().join("environment");
-        create_private(&directory)?;
+        files::create_private(&directory).map_err(ImageError::cache(&directory))?;
         let image = directory.join(ROOTFS);
         let limits = Limits::default();
         let tree = flatten(&built.layers, &limits, &cancelled)?;
@@ -194,7 +193,7 @@ impl Store {
         write_in(&directory, MANIFEST, &bytes, &cancelled)?;
 
         let home = self.paths.environment(definition.name);
-        create_private(&home)?;
+        files::create_private_all(&home).map_err(ImageError::cache(&home))?;
         let _lease = rename_into_place(&directory, &home.join(&manifest.digest), &staging)?;
         let pointer = Pointer { format_version: FORMAT_VERSION, digest: manifest.digest };
         let pointer = manifest::encode(&pointer).map_err(ImageError::cache(&home))?;
@@ -233,13 +232,6 @@ fn shared(directory: &Path) -> Result<Option<File>, ImageError> {
         Attempt::Locked(lease) => Ok(Some(lease)),
         Attempt::Held | Attempt::Gone => Ok(None),
     }
-}
-
-pub(super) fn create_private(directory: &Path) -> Result<(), ImageError> {
-    let mut builder = fs_err::DirBuilder::new();
-    DirBuilderExt::mode(&mut builder, 0o700);
-    builder.recursive(true);
-    builder.create(directory).map_err(ImageError::cache(directory))
 }
 
 pub(super) fn recorded(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<FileRecord, ImageError> {

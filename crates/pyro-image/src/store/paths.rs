@@ -1,9 +1,9 @@
 //! The names of everything in the cache directory.
 
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::ImageError;
+use crate::{ImageError, files};
 
 #[derive(Clone, Debug)]
 pub(super) struct Paths {
@@ -30,10 +30,7 @@ impl Paths {
             paths.staging(),
             paths.root.join("locks"),
         ] {
-            let mut builder = fs_err::DirBuilder::new();
-            DirBuilderExt::mode(&mut builder, 0o700);
-            builder.recursive(true);
-            builder.create(&directory).map_err(ImageError::cache(&directory))?;
+            files::create_private_all(&directory).map_err(ImageError::cache(&directory))?;
         }
         let mode = fs_err::metadata(&paths.root).map_err(ImageError::cache(&paths.root))?.permissions().mode();
         if mode & 0o777 != 0o700 {

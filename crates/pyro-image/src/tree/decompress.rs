@@ -20,7 +20,7 @@ impl Layer {
 }
 
 /// Undoes gzip or zstd; anything else passes through.
-pub(crate) fn decoder<'a>(reader: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
+fn decoder<'a>(reader: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
     sniff(reader, false)
 }
 
