@@ -77,7 +77,8 @@ fn protect_from_oom() -> io::Result<()> {
 }
 
 fn load_modules() -> Result<(), BootError> {
-    let order = File::open("/modules/order").and_then(io::read_to_string).phase("modules", "/modules/order")?;
+    let order =
+        File::open("/modules/order").and_then(io::read_to_string).phase("modules", "/modules/order")?;
     for name in order.lines().filter(|line| !line.is_empty()) {
         let file = File::open(format!("/modules/{name}")).phase("modules", name)?;
         match rustix::system::finit_module(&file, c"", 0) {
@@ -120,7 +121,13 @@ fn guest_namespace() -> Result<OwnedFd, BootError> {
         ("sysfs", "sys", "sysfs", hardened, ""),
         ("cgroup2", "sys/fs/cgroup", "cgroup2", hardened, ""),
         ("devtmpfs", "dev", "devtmpfs", MountFlags::NOSUID, "mode=0755"),
-        ("devpts", "dev/pts", "devpts", MountFlags::NOSUID | MountFlags::NOEXEC, "gid=5,mode=620,ptmxmode=666"),
+        (
+            "devpts",
+            "dev/pts",
+            "devpts",
+            MountFlags::NOSUID | MountFlags::NOEXEC,
+            "gid=5,mode=620,ptmxmode=666",
+        ),
         ("tmpfs", "dev/shm", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=1777"),
         ("tmpfs", "run", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=0755"),
     ];
@@ -131,8 +138,7 @@ fn guest_namespace() -> Result<OwnedFd, BootError> {
     }
     make_directory(&format!("{ROOT}/workspace")).phase("namespace", "/workspace")?;
     make_directory(&format!("{ROOT}/tmp")).phase("namespace", "/tmp")?;
-    for (link, target) in
-        [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
+    for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
     {
         match rustix::fs::symlink(target, format!("{ROOT}/dev/{link}")) {
             Ok(()) | Err(Errno::EXIST) => {}
@@ -176,13 +182,7 @@ fn raise_loopback() {
     }
 }
 
-fn attach(
-    source: &str,
-    target: &str,
-    kind: &str,
-    flags: MountFlags,
-    data: &str,
-) -> Result<(), Errno> {
+fn attach(source: &str, target: &str, kind: &str, flags: MountFlags, data: &str) -> Result<(), Errno> {
     let data = CString::new(data).map_err(|_nul| Errno::INVAL)?;
     mount(source, target, kind, flags, Some::<&CStr>(&data))
 }
@@ -197,5 +197,6 @@ fn make_directory(path: &str) -> io::Result<()> {
 fn uptime_micros() -> u64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     let seconds = Duration::from_secs(time.tv_sec.unsigned_abs());
-    u64::try_from((seconds + Duration::from_nanos(time.tv_nsec.unsigned_abs())).as_micros()).unwrap_or(u64::MAX)
+    u64::try_from((seconds + Duration::from_nanos(time.tv_nsec.unsigned_abs())).as_micros())
+        .unwrap_or(u64::MAX)
 }

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use pyro_proto::{
-    ExecEvent, ExecExited, ExecInput, ExecRefused, ExecStart, ExecStarted, exec_event, exec_exited, exec_input,
-    exec_refused, limits,
+    ExecEvent, ExecExited, ExecInput, ExecRefused, ExecStart, ExecStarted, exec_event, exec_exited,
+    exec_input, exec_refused, limits,
 };
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -145,7 +145,12 @@ impl Running {
         Ok(Self { pid, began, cgroup, ended, stdin, stdout, stderr })
     }
 
-    async fn finish(mut self, command: &Command, inputs: Streaming<ExecInput>, events: &Events) -> ExecExited {
+    async fn finish(
+        mut self,
+        command: &Command,
+        inputs: Streaming<ExecInput>,
+        events: &Events,
+    ) -> ExecExited {
         let pid = u32::try_from(self.pid.as_raw_nonzero().get()).unwrap_or(0);
         let started = exec_event::Kind::Started(ExecStarted { pid });
         drop(events.send(Ok(ExecEvent { kind: Some(started) })).await);

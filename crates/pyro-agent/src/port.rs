@@ -37,10 +37,7 @@ pub(crate) fn open() -> io::Result<(FromHost, ToHost)> {
     std::thread::Builder::new().stack_size(64 << 10).spawn(move || read_all(reader, &received)).map(drop)?;
     std::thread::Builder::new().stack_size(64 << 10).spawn(move || write_all(writer, to_send)).map(drop)?;
     let sink = PollSender::new(outgoing).sink_map_err(|_closed| io::Error::from(io::ErrorKind::BrokenPipe));
-    Ok((
-        StreamReader::new(ReceiverStream::new(incoming)),
-        Box::pin(SinkWriter::new(CopyToBytes::new(sink))),
-    ))
+    Ok((StreamReader::new(ReceiverStream::new(incoming)), Box::pin(SinkWriter::new(CopyToBytes::new(sink)))))
 }
 
 fn find() -> io::Result<PathBuf> {

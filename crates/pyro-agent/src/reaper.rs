@@ -1,8 +1,8 @@
 //! PID 1's oldest duty: reap every child, its own and those that lost their parent.
 
 use std::collections::HashMap;
-use std::process::ExitStatus;
 use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::process::{Pid, WaitOptions, wait};

@@ -59,7 +59,8 @@ pub(crate) async fn serve(guest: Guest) -> io::Result<()> {
 async fn meet(from_host: &mut FromHost, to_host: &mut ToHost) -> io::Result<()> {
     let mut guest = resync::Guest::default();
     loop {
-        let available = poll_fn(|context| Pin::new(&mut *from_host).poll_fill_buf(context).map_ok(<[u8]>::len));
+        let available =
+            poll_fn(|context| Pin::new(&mut *from_host).poll_fill_buf(context).map_ok(<[u8]>::len));
         if available.await? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }

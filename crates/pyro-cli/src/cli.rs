@@ -142,7 +142,9 @@ mod tests {
 
     #[test]
     fn flags_may_stand_on_either_side_and_later_dashes_belong_to_the_command() {
-        for line in ["pyro run --mem-mib 512 debian:12 -- a -- b", "pyro run debian:12 --mem-mib 512 -- a -- b"] {
+        for line in
+            ["pyro run --mem-mib 512 debian:12 -- a -- b", "pyro run debian:12 --mem-mib 512 -- a -- b"]
+        {
             let Verb::Run(args) = Cli::try_parse_from(line.split(' ')).expect("parsed").verb else {
                 panic!("not run")
             };

@@ -47,7 +47,10 @@ fn number(name: &'static str, default: u32) -> Result<u32, Failure> {
         Err(_unset) => Ok(default),
         Ok(text) => match text.parse() {
             Ok(number @ 1..) => Ok(number),
-            _ => Err(Failure::new("invalid_value", format!("{name} must be a whole number above 0, not '{text}'"))),
+            _ => Err(Failure::new(
+                "invalid_value",
+                format!("{name} must be a whole number above 0, not '{text}'"),
+            )),
         },
     }
 }

@@ -114,7 +114,8 @@ fn a_hundred_mebibytes_arrive_byte_for_byte_from_stdin_to_stdout() {
 #[test]
 fn a_timeout_is_124_with_what_came_before_it() {
     let pyro = Pyro::new();
-    let line = ["run", "debian:12", "--timeout-seconds", "1", "--json", "--", "sh", "-c", "echo part; sleep 99"];
+    let line =
+        ["run", "debian:12", "--timeout-seconds", "1", "--json", "--", "sh", "-c", "echo part; sleep 99"];
     let output = pyro.run(&line);
     assert_eq!(output.status.code(), Some(124));
     let result: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one object");
@@ -213,7 +214,12 @@ fn bad_values_are_refused_before_anything_is_made() {
         assert_eq!((output.status.code(), &error["error"]), (Some(125), &message.into()));
     }
     let error = pyro.json(&["run", "debian:99", "--json", "--", "true"]);
-    assert!(error["error"].as_str().expect("text").starts_with("unknown environment 'debian:99'; expected one of: "));
+    assert!(
+        error["error"]
+            .as_str()
+            .expect("text")
+            .starts_with("unknown environment 'debian:99'; expected one of: ")
+    );
     pyro.assert_empty();
 }
 

@@ -284,7 +284,12 @@ impl Engine {
     ///
     /// # Errors
     /// When the machine is not started, or the connection to it broke.
-    pub async fn exec_vm(&self, vm_id: &str, exec: ExecSpec, observer: Observer) -> Result<ExecResult, Error> {
+    pub async fn exec_vm(
+        &self,
+        vm_id: &str,
+        exec: ExecSpec,
+        observer: Observer,
+    ) -> Result<ExecResult, Error> {
         exec.check()?;
         let vm = self.own(vm_id)?;
         let mut guard = vm.live.lock().await;
@@ -348,12 +353,19 @@ impl Engine {
     }
 
     /// Checks, builds, takes a slot and makes the disk: all that comes before a boot.
-    async fn admit(&self, spec: &VmSpec, observer: &Observer) -> Result<(VmRecord, Environment, Live), Error> {
+    async fn admit(
+        &self,
+        spec: &VmSpec,
+        observer: &Observer,
+    ) -> Result<(VmRecord, Environment, Live), Error> {
         spec.check(self.inner.config.max_ttl_seconds)?;
         self.inner.store.check_name(&spec.environment)?;
         if spec.network {
-            return Err(Error::new(ErrorKind::InvalidValue, "network=true is not available: guests have no network")
-                .hint("leave the network off; files can be given on stdin"));
+            return Err(Error::new(
+                ErrorKind::InvalidValue,
+                "network=true is not available: guests have no network",
+            )
+            .hint("leave the network off; files can be given on stdin"));
         }
         let isolation = self.isolation()?;
         if let Some(required) = spec.require_isolation
@@ -572,7 +584,9 @@ impl End {
             Self::Refused(refused) => {
                 let exit_code = match refused.reason() {
                     Reason::NotFound => 127,
-                    Reason::NotExecutable | Reason::NoSuchDirectory | Reason::NoResources | Reason::Other => 126,
+                    Reason::NotExecutable | Reason::NoSuchDirectory | Reason::NoResources | Reason::Other => {
+                        126
+                    }
                 };
                 Outcome { exit_code, fault: None, words: Some(format!("{}\n", safe(&refused.message))) }
             }
@@ -591,7 +605,8 @@ fn safe(text: &str) -> String {
 }
 
 fn unknown(status: &tonic::Status) -> Error {
-    let text = format!("the connection to the guest broke ({}); the command may have run", safe(status.message()));
+    let text =
+        format!("the connection to the guest broke ({}); the command may have run", safe(status.message()));
     Error::new(ErrorKind::OutcomeUnknown, text).hint("check what the command does before running it again")
 }
 

@@ -82,7 +82,10 @@ impl Live {
         };
         let machine = vmm.launch(&spec).await.map_err(|error| {
             let failed = unavailable(&format!("phase=start: {error}"));
-            error.hint().map(|hint| unavailable(&format!("phase=start: {error}")).hint(hint)).unwrap_or(failed)
+            error
+                .hint()
+                .map(|hint| unavailable(&format!("phase=start: {error}")).hint(hint))
+                .unwrap_or(failed)
         })?;
         let start = began.elapsed();
         let stream = machine.take_stream().ok_or_else(|| unavailable("the machine has no channel"))?;

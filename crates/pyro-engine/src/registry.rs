@@ -84,7 +84,8 @@ impl Registry {
         let mut connection = self.connection();
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let live: u32 =
-            transaction.query_row("SELECT count(*) FROM vms WHERE state <> 'stopped'", [], |row| row.get(0))?;
+            transaction
+                .query_row("SELECT count(*) FROM vms WHERE state <> 'stopped'", [], |row| row.get(0))?;
         if live >= cap {
             drop(transaction);
             drop(connection);
@@ -220,12 +221,13 @@ impl Registry {
 
 /// Takes the lock of a machine's directory if nobody holds it.
 fn lock_if_dead(dir: &Path) -> io::Result<Option<File>> {
-    let lock = match File::options().read(true).write(true).create(true).truncate(false).open(dir.join("lock")) {
-        Ok(lock) => lock,
-        // Removed by someone else meanwhile.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
+    let lock =
+        match File::options().read(true).write(true).create(true).truncate(false).open(dir.join("lock")) {
+            Ok(lock) => lock,
+            // Removed by someone else meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
     match lock.try_lock() {
         Ok(()) => Ok(Some(lock)),
         Err(TryLockError::WouldBlock) => Ok(None),

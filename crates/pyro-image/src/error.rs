@@ -118,7 +118,9 @@ impl ImageError {
             Self::Debian(error) => error.hint(),
             Self::Tool(error) => error.hint(),
             Self::Cache { path, .. } => Some(format!("check the owner and mode of '{}'", path.display())),
-            Self::Manifest { .. } => Some("use the newer pyro that wrote it, or run: pyro env prune".to_owned()),
+            Self::Manifest { .. } => {
+                Some("use the newer pyro that wrote it, or run: pyro env prune".to_owned())
+            }
             Self::Damaged { name, .. } | Self::NotInstalled { name } => {
                 Some(format!("run: pyro env pull {name}"))
             }

@@ -25,7 +25,13 @@ pub(crate) fn build(agent: &[u8], modules: &[ModuleFile]) -> io::Result<Vec<u8>>
     archive.add("dev/null", ModeFileType::Char, 0o666, (1, 3), &[])?;
     archive.add("init", ModeFileType::Regular, 0o755, (0, 0), agent)?;
     for module in modules {
-        archive.add(&format!("modules/{}", module.name), ModeFileType::Regular, 0o644, (0, 0), &module.bytes)?;
+        archive.add(
+            &format!("modules/{}", module.name),
+            ModeFileType::Regular,
+            0o644,
+            (0, 0),
+            &module.bytes,
+        )?;
     }
     trailer(archive.bytes)
 }

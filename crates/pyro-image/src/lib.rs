@@ -8,6 +8,7 @@
 //! The crate is synchronous and prints nothing; whoever calls it gives a [`Progress`] to hear what happens.
 
 pub mod erofs;
+#[doc(hidden)]
 pub mod fuzzing;
 pub mod kernel;
 pub mod tree;

@@ -6,9 +6,9 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::files;
 use crate::lock::{Attempt, Mode, attempt};
 use crate::tool::{self, Tools};
-use crate::files;
 
 /// A directory of our own, removed with everything in it when dropped.
 #[derive(Debug)]
@@ -76,7 +76,7 @@ fn remove(path: &Path, tools: &Tools) -> io::Result<()> {
 }
 
 fn remove_mapped(path: &Path, tools: &Tools) -> io::Result<()> {
-    let parent = path.parent().unwrap_or(Path::new("/"));
+    let parent = path.parent().unwrap_or_else(|| Path::new("/"));
     let mut spawn = tools.confined("rm", parent).map_err(io::Error::other)?;
     spawn.args(["-rf", "--one-file-system", "--"]).arg(path);
     tool::run("rm", spawn, &mut |_line| {}, &|| false).map_err(io::Error::other)

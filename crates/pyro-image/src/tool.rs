@@ -72,7 +72,9 @@ impl ToolError {
             Self::Failed { tail, .. } if tail.contains("newuidmap") || tail.contains("newgidmap") => {
                 Some(remedy("newuidmap"))
             }
-            Self::Run { .. } | Self::Failed { .. } => Some("see what is missing with: pyro doctor".to_owned()),
+            Self::Run { .. } | Self::Failed { .. } => {
+                Some("see what is missing with: pyro doctor".to_owned())
+            }
             Self::DiskFull | Self::Cancelled => None,
         }
     }
@@ -184,7 +186,8 @@ pub(crate) fn run(
 
 /// Waits until the child ends, it says something, or a beat has passed.
 fn wait_for(pidfd: BorrowedFd<'_>, pipe: BorrowedFd<'_>, ended: bool) -> std::io::Result<()> {
-    let mut fds = [PollFd::from_borrowed_fd(pipe, PollFlags::IN), PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
+    let mut fds =
+        [PollFd::from_borrowed_fd(pipe, PollFlags::IN), PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
     // An ended child keeps its pidfd readable, which would make this a busy loop.
     let fds = if ended { &mut fds[..1] } else { &mut fds[..] };
     let beat = Timespec { tv_sec: 0, tv_nsec: i64::from(BEAT.subsec_nanos()) };

@@ -195,10 +195,8 @@ impl Host {
     /// When the guest talks on without a mark.
     pub fn feed(&mut self, bytes: &[u8]) -> Result<(usize, Step), TooMuchNoise> {
         let (taken, found) = self.scanner.feed(bytes);
-        self.patience = self
-            .patience
-            .checked_sub(taken as u64)
-            .ok_or(TooMuchNoise { limit: Self::NOISE_LIMIT })?;
+        self.patience =
+            self.patience.checked_sub(taken as u64).ok_or(TooMuchNoise { limit: Self::NOISE_LIMIT })?;
         let step = match found {
             Some((Kind::Ack, nonce)) if nonce == self.nonce && !self.started => {
                 self.started = true;

@@ -10,7 +10,10 @@ fn hex(bytes: &[u8]) -> String {
 
 #[test]
 fn a_resync_mark() {
-    assert_eq!(hex(&mark(Kind::Syn, &[0xab; 16])), "00ff537079726f2d726573796e63010a53abababababababababababababababab");
+    assert_eq!(
+        hex(&mark(Kind::Syn, &[0xab; 16])),
+        "00ff537079726f2d726573796e63010a53abababababababababababababababab"
+    );
 }
 
 #[test]

@@ -30,8 +30,10 @@ pub(crate) fn run(printer: &Printer) -> Result<ExitCode, Failure> {
     if printer.json() {
         let issues: Vec<_> =
             issues.iter().map(|(issue, remedy)| json!({ "issue": issue, "remedy": remedy })).collect();
-        let checks: Vec<_> =
-            checks.iter().map(|check| json!({ "name": check.name, "ok": check.ok, "detail": check.detail })).collect();
+        let checks: Vec<_> = checks
+            .iter()
+            .map(|check| json!({ "name": check.name, "ok": check.ok, "detail": check.detail }))
+            .collect();
         printer.object(&json!({
             "platform": platform,
             "runtime_ok": runs,
@@ -61,7 +63,12 @@ pub(crate) fn run(printer: &Printer) -> Result<ExitCode, Failure> {
         printer.data(&format!("Isolation: {tier}"));
         printer.data(&format!("Live machines: {}", engine.live_vms()?));
         for check in &checks {
-            printer.data(&format!("{} {}: {}", if check.ok { "PASS" } else { "FAIL" }, check.name, check.detail));
+            printer.data(&format!(
+                "{} {}: {}",
+                if check.ok { "PASS" } else { "FAIL" },
+                check.name,
+                check.detail
+            ));
         }
         printer.data(&format!("Issues: {}", if issues.is_empty() { "none" } else { "" }));
         for (issue, remedy) in &issues {

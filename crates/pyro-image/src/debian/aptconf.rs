@@ -34,7 +34,8 @@ fn select(dump: &str) -> Vec<String> {
             let wanted = EXACT.iter().any(|name| key.eq_ignore_ascii_case(name))
                 || PREFIXES.iter().any(|prefix| starts_with_ignoring_case(key, prefix));
             // A value with a quote could end its own setting and begin another.
-            let plain = !value.is_empty() && !value.contains(['"', '\\']) && !value.contains(char::is_control);
+            let plain =
+                !value.is_empty() && !value.contains(['"', '\\']) && !value.contains(char::is_control);
             let named = key.chars().all(|letter| letter.is_ascii_alphanumeric() || "-_:./".contains(letter));
             (wanted && plain && named).then(|| format!("{key} \"{value}\""))
         })

@@ -104,9 +104,9 @@ impl DebianError {
 
     pub(crate) fn hint(&self) -> Option<String> {
         match self {
-            Self::NoSources { .. } => {
-                Some("set apt_sources to a Debian 12 sources file (deb822 .sources or one-line .list)".to_owned())
-            }
+            Self::NoSources { .. } => Some(
+                "set apt_sources to a Debian 12 sources file (deb822 .sources or one-line .list)".to_owned(),
+            ),
             Self::UnfitSources { .. } => {
                 Some(format!("set apt_sources to a file whose sources name the suite {SUITE}"))
             }
@@ -309,7 +309,9 @@ impl<'a> Phase<'a> {
         } else if let Some(rest) = line.strip_prefix("Get:") {
             // "Get:7 URL SUITE ARCH NAME ARCH VERSION [SIZE]"
             self.progress.phase(self.current, rest.split(' ').nth(4).unwrap_or_default());
-        } else if let Some(rest) = line.strip_prefix("Setting up ").or(line.strip_prefix("Unpacking ")) {
+        } else if let Some(rest) =
+            line.strip_prefix("Setting up ").or_else(|| line.strip_prefix("Unpacking "))
+        {
             self.progress.phase(self.current, rest.split(' ').next().unwrap_or_default());
         }
     }

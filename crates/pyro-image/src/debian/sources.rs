@@ -144,7 +144,9 @@ mod tests {
         assert!(!lines_fit("# deb http://deb.debian.org/debian bookworm main"));
         assert!(!lines_fit("deb https://packages.example/apt cloud-sdk-bookworm main"));
         assert!(lines_fit("deb [arch=amd64 signed-by=/k] http://deb.debian.org/debian bookworm main # ok"));
-        assert!(stanzas_fit("Types: deb\nURIs: http://x\nSuites: bookworm-updates\n bookworm\nComponents: main\n"));
+        assert!(stanzas_fit(
+            "Types: deb\nURIs: http://x\nSuites: bookworm-updates\n bookworm\nComponents: main\n"
+        ));
         assert!(!stanzas_fit("Types: deb\nURIs: http://x\nSuites: nodistro\nComponents: main\n"));
         assert!(!stanzas_fit("Types: deb\nSuites: bookworm\nComponents: main\nEnabled: no\n"));
     }

@@ -85,7 +85,7 @@ pub(super) fn advance(block: u32, blocks: usize) -> Result<u32, TreeError> {
     u32::try_from(blocks)
         .ok()
         .and_then(|blocks| block.checked_add(blocks))
-        .ok_or(TreeError::Limit { what: "blocks", limit: u64::from(u32::MAX) })
+        .ok_or_else(|| TreeError::Limit { what: "blocks", limit: u64::from(u32::MAX) })
 }
 
 /// Writes runs of blocks that hold anything and leaves holes for the others.

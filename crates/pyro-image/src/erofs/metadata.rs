@@ -117,11 +117,8 @@ pub(super) fn write(
     }
     pending.flush()?;
     output.set_length(plan.bytes())?;
-    let superblock = Superblock {
-        inodes: inodes.len() as u64,
-        blocks: plan.blocks,
-        metadata_block: plan.metadata_block,
-    };
+    let superblock =
+        Superblock { inodes: inodes.len() as u64, blocks: plan.blocks, metadata_block: plan.metadata_block };
     output.write_at(&superblock.encode(), 0)
 }
 

@@ -45,14 +45,15 @@ pub fn unpack_kernel(image: &[u8]) -> Result<Vec<u8>, BzImageError> {
     let kernel = match payload {
         [0x1f, 0x8b, ..] => bounded(flate2::bufread::GzDecoder::new(payload))?,
         [0x28, 0xb5, 0x2f, 0xfd, ..] => {
-            let mut decoder = zstd::stream::read::Decoder::with_buffer(payload).map_err(BzImageError::Damaged)?;
+            let mut decoder =
+                zstd::stream::read::Decoder::with_buffer(payload).map_err(BzImageError::Damaged)?;
             decoder.window_log_max(27).map_err(BzImageError::Damaged)?;
             // The build system appends the size of the kernel behind the frame.
             bounded(decoder.single_frame())?
         }
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
-            let stream =
-                liblzma::stream::Stream::new_stream_decoder(256 << 20, 0).map_err(|error| BzImageError::Damaged(error.into()))?;
+            let stream = liblzma::stream::Stream::new_stream_decoder(256 << 20, 0)
+                .map_err(|error| BzImageError::Damaged(error.into()))?;
             bounded(liblzma::bufread::XzDecoder::new_stream(payload, stream))?
         }
         [0x02, 0x21, 0x4c, 0x18, blocks @ ..] => lz4_legacy(blocks)?,
@@ -94,7 +95,8 @@ fn bounded(decoder: impl Read) -> Result<Vec<u8>, BzImageError> {
 
 /// Blocks, each with its length in front; the last four bytes are the kernel's size, not a block.
 fn lz4_legacy(mut rest: &[u8]) -> Result<Vec<u8>, BzImageError> {
-    let damaged = |text: &'static str| BzImageError::Damaged(io::Error::new(io::ErrorKind::InvalidData, text));
+    let damaged =
+        |text: &'static str| BzImageError::Damaged(io::Error::new(io::ErrorKind::InvalidData, text));
     let mut kernel = Vec::new();
     let mut block = vec![0; LZ4_BLOCK];
     while let Some((length, after)) = rest.split_first_chunk::<4>() {

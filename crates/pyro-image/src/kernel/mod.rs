@@ -17,15 +17,8 @@ pub use self::modinfo::{ModinfoError, ModuleInfo, parse_modinfo};
 pub(crate) use self::modules::Module;
 
 /// Modules for every guest: block, console, entropy and network devices, and the file systems of the root.
-const WANTED: &[&str] = &[
-    "virtio_mmio",
-    "virtio_blk",
-    "virtio_console",
-    "virtio_rng",
-    "virtio_net",
-    "overlay",
-    "erofs",
-];
+const WANTED: &[&str] =
+    &["virtio_mmio", "virtio_blk", "virtio_console", "virtio_rng", "virtio_net", "overlay", "erofs"];
 /// Modules for guests whose channel is a vsock.
 const WANTED_VSOCK: &[&str] = &["vsock", "vmw_vsock_virtio_transport"];
 
@@ -120,7 +113,8 @@ fn unpack_data(data: impl Read, cancelled: &dyn Fn() -> bool) -> Result<Kernel, 
         let path = String::from_utf8_lossy(&member.path).into_owned();
         let path = path.trim_start_matches("./").trim_start_matches('/');
         if let Some(release) = path.strip_prefix("boot/vmlinuz-") {
-            image = Some((release.to_owned(), members.read_whole(MOST_KERNEL).map_err(KernelError::Contents)?));
+            image =
+                Some((release.to_owned(), members.read_whole(MOST_KERNEL).map_err(KernelError::Contents)?));
         } else if path.ends_with("/modules.builtin") {
             builtin = Some(members.read_whole(MOST_LIST).map_err(KernelError::Contents)?);
         } else if let Some(name) = modules::name_of(path) {

@@ -95,7 +95,8 @@ impl Set {
 
 fn decompressed(file: &[u8]) -> Result<Vec<u8>, ModinfoError> {
     let mut bytes = Vec::new();
-    let read = decoder_with_xz(file).and_then(|decoder| decoder.take(MOST_MODULE + 1).read_to_end(&mut bytes));
+    let read =
+        decoder_with_xz(file).and_then(|decoder| decoder.take(MOST_MODULE + 1).read_to_end(&mut bytes));
     match read {
         Ok(length) if length as u64 <= MOST_MODULE => Ok(bytes),
         _ => Err(ModinfoError::Compression),

@@ -32,8 +32,10 @@ impl Check {
 
 impl Store {
     pub(super) fn checks(&self) -> Vec<Check> {
-        let mut checks: Vec<Check> =
-            ["mmdebstrap", "apt-get", "mke2fs", "unshare"].into_iter().map(|tool| self.check_tool(tool)).collect();
+        let mut checks: Vec<Check> = ["mmdebstrap", "apt-get", "mke2fs", "unshare"]
+            .into_iter()
+            .map(|tool| self.check_tool(tool))
+            .collect();
         checks.push(self.check_sources());
         checks.push(check_keyring());
         if !rustix::process::geteuid().is_root() {
@@ -85,11 +87,16 @@ impl Store {
         let needed = CATALOG.iter().map(|definition| definition.build_mib).min().unwrap_or(0);
         match self.free_mib() {
             Ok(free) => {
-                let detail = format!("{free} MiB free in '{}', {needed} MiB needed", self.paths.root().display());
+                let detail =
+                    format!("{free} MiB free in '{}', {needed} MiB needed", self.paths.root().display());
                 if free >= needed {
                     Check::passed(NAME, detail)
                 } else {
-                    Check::failed(NAME, detail, Some("free some disk space, or run: pyro env prune".to_owned()))
+                    Check::failed(
+                        NAME,
+                        detail,
+                        Some("free some disk space, or run: pyro env prune".to_owned()),
+                    )
                 }
             }
             Err(error) => Check::failed(NAME, error.to_string(), error.hint()),

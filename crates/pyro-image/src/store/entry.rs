@@ -6,10 +6,10 @@ use serde::Serialize;
 
 use super::Store;
 use super::paths::{MANIFEST, POINTER, ROOTFS};
+use crate::ImageError;
 use crate::catalog::Definition;
 use crate::digest::{self, DigestError};
 use crate::manifest::{self, FileRecord, Manifest, ManifestError, Package, Pointer};
-use crate::ImageError;
 
 /// An environment of the catalog and what is installed of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -150,7 +150,9 @@ impl Store {
         let installed = match &installation {
             Some(installation) => {
                 installation.looks_untouched()
-                    && self.stored_kernel(&installation.manifest.kernel_digest)?.is_some_and(|kernel| kernel.looks_untouched())
+                    && self
+                        .stored_kernel(&installation.manifest.kernel_digest)?
+                        .is_some_and(|kernel| kernel.looks_untouched())
             }
             None => false,
         };

@@ -57,7 +57,8 @@ impl Store {
         progress: &dyn Progress,
     ) -> Result<Pulled, ImageError> {
         let (environment, built) = self.install(definition, Scrutiny::Full, progress)?;
-        let environment = environment.ok_or_else(|| ImageError::InUse { name: definition.name.to_owned() })?;
+        let environment =
+            environment.ok_or_else(|| ImageError::InUse { name: definition.name.to_owned() })?;
         Ok(Pulled {
             entry: self.entry(definition)?,
             kernel_image: environment.kernel.clone(),
@@ -171,8 +172,7 @@ impl Store {
         let image = directory.join(ROOTFS);
         let limits = Limits::default();
         let tree = flatten(&built.layers, &limits, &cancelled)?;
-        let mut file =
-            fs_err::File::create_new(&image).map_err(ImageError::cache(&image))?.into_file();
+        let mut file = fs_err::File::create_new(&image).map_err(ImageError::cache(&image))?.into_file();
         erofs::write_image(&tree, &built.layers, &limits, &mut file, &cancelled)?;
         file.sync_all().map_err(ImageError::cache(&image))?;
         drop(file);

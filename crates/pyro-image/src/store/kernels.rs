@@ -75,7 +75,8 @@ impl Store {
         let mut whole = BTreeMap::new();
         for entry in fs_err::read_dir(&root).map_err(ImageError::cache(&root))? {
             let entry = entry.map_err(ImageError::cache(&root))?;
-            let Some(digest) = entry.file_name().to_str().filter(|name| digest::is_digest(name)).map(str::to_owned)
+            let Some(digest) =
+                entry.file_name().to_str().filter(|name| digest::is_digest(name)).map(str::to_owned)
             else {
                 continue;
             };
@@ -124,8 +125,12 @@ impl Store {
                 add(in_modules(&name), &module.bytes)?;
             }
         }
-        let manifest =
-            KernelManifest { format_version: FORMAT_VERSION, digest: digest.clone(), release: kernel.release, files };
+        let manifest = KernelManifest {
+            format_version: FORMAT_VERSION,
+            digest: digest.clone(),
+            release: kernel.release,
+            files,
+        };
         let bytes = manifest::encode(&manifest).map_err(ImageError::cache(&directory))?;
         write_in(&directory, MANIFEST, &bytes, cancelled)?;
         files::sync_directory(&modules).map_err(ImageError::cache(&modules))?;
@@ -146,7 +151,8 @@ impl Store {
         // Deterministic: whoever else makes it at this moment writes the same bytes.
         let bytes = self.build_initramfs(kernel).map_err(ImageError::cache(&path))?;
         files::replace(&path, &bytes).map_err(ImageError::cache(&path))?;
-        let manifest = InitramfsManifest { format_version: FORMAT_VERSION, file: recorded(&path, &|| false)? };
+        let manifest =
+            InitramfsManifest { format_version: FORMAT_VERSION, file: recorded(&path, &|| false)? };
         let text = manifest::encode(&manifest).map_err(ImageError::cache(&record))?;
         files::replace(&record, &text).map_err(ImageError::cache(&record))?;
         Ok(path)

@@ -32,7 +32,8 @@ impl Paths {
         ] {
             files::create_private_all(&directory).map_err(ImageError::cache(&directory))?;
         }
-        let mode = fs_err::metadata(&paths.root).map_err(ImageError::cache(&paths.root))?.permissions().mode();
+        let mode =
+            fs_err::metadata(&paths.root).map_err(ImageError::cache(&paths.root))?.permissions().mode();
         if mode & 0o777 != 0o700 {
             let private = std::fs::Permissions::from_mode(0o700);
             fs_err::set_permissions(&paths.root, private).map_err(ImageError::cache(&paths.root))?;

@@ -91,7 +91,8 @@ impl Store {
             }
         }
         let pointer = home.join(POINTER);
-        let dangling = usable(&pointer, Pointer::parse)?.is_none_or(|found| !home.join(found.digest).exists());
+        let dangling =
+            usable(&pointer, Pointer::parse)?.is_none_or(|found| !home.join(found.digest).exists());
         if dangling && pointer.exists() {
             fs_err::remove_file(&pointer).map_err(ImageError::cache(&pointer))?;
         }

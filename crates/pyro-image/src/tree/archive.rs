@@ -49,7 +49,8 @@ impl<R: Read> Archive<R> {
             let kind = header.entry_type();
             if !is_extension(kind) {
                 let size = extensions.size;
-                let member = extensions.finish(&header).map_err(|(path, reason)| self.reject(&path, reason))?;
+                let member =
+                    extensions.finish(&header).map_err(|(path, reason)| self.reject(&path, reason))?;
                 debug_assert!(size.is_none_or(|size| size == member.size), "pax size is the member's size");
                 self.expect_data(member.size, &member.path)?;
                 self.path.clone_from(&member.path);

@@ -17,11 +17,7 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 ///
 /// # Errors
 /// When a layer is damaged, holds something unacceptable, or exceeds `limits`.
-pub fn flatten(
-    layers: &[Layer],
-    limits: &Limits,
-    interrupted: &dyn Fn() -> bool,
-) -> Result<Tree, TreeError> {
+pub fn flatten(layers: &[Layer], limits: &Limits, interrupted: &dyn Fn() -> bool) -> Result<Tree, TreeError> {
     if layers.len() > limits.layers {
         return Err(TreeError::Limit { what: "layers", limit: limits.layers as u64 });
     }
@@ -244,11 +240,7 @@ impl Merge<'_> {
     }
 
     /// Follows `parts` from the root, through symbolic links inside of the tree, to a directory.
-    fn parent(
-        &mut self,
-        parts: &[&[u8]],
-        missing: Missing,
-    ) -> Result<Option<NodeId>, Reason> {
+    fn parent(&mut self, parts: &[&[u8]], missing: Missing) -> Result<Option<NodeId>, Reason> {
         let mut trail = vec![NodeId::ROOT];
         // A stack of components still to follow, the next one last.
         let mut ahead: Vec<Vec<u8>> = parts.iter().rev().map(|part| part.to_vec()).collect();

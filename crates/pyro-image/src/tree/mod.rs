@@ -14,11 +14,11 @@ mod stream;
 
 use std::collections::BTreeMap;
 
-pub use self::error::{Reason, TreeError};
-pub use self::layer::flatten;
 pub(crate) use self::archive::Archive;
 pub(crate) use self::decompress::decoder_with_xz;
 pub(crate) use self::error::show;
+pub use self::error::{Reason, TreeError};
+pub use self::layer::flatten;
 pub(crate) use self::member::MemberKind;
 pub(crate) use self::stream::stream_files;
 

@@ -32,11 +32,8 @@ pub(crate) fn stream_files(
         let mut archive = Archive::new(reader, number, limits);
         let mut index = 0;
         while !wanted.is_empty() {
-            let changed = |path: &[u8]| TreeError::Member {
-                layer: number,
-                path: show(path),
-                reason: Reason::Changed,
-            };
+            let changed =
+                |path: &[u8]| TreeError::Member { layer: number, path: show(path), reason: Reason::Changed };
             let Some(member) = archive.next_member()? else { return Err(changed(&[])) };
             if let Some((node, size)) = wanted.remove(&index) {
                 if member.size != size {
