@@ -62,7 +62,7 @@ pub struct FileRecord {
 /// The manifest of an installed environment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// [`FORMAT_VERSION`](self).
+    /// `FORMAT_VERSION`.
     pub format_version: u32,
     /// The environment's name.
     pub name: String,
