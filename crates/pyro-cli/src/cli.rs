@@ -85,6 +85,9 @@ pub(crate) struct RunArgs {
     /// Give the guest a network
     #[arg(long)]
     pub(crate) network: bool,
+    /// Where no guest can be had, run the command on this host, without isolation
+    #[arg(long)]
+    pub(crate) allow_host_compat: bool,
     /// Refuse anything that isolates less
     #[arg(long, value_name = "TIER")]
     pub(crate) require_isolation: Option<Tier>,

@@ -224,6 +224,16 @@ fn bad_values_are_refused_before_anything_is_made() {
 }
 
 #[test]
+fn a_guest_is_used_where_there_is_one_even_if_the_host_is_allowed() {
+    let pyro = Pyro::new();
+    let refused = pyro.run(&["run", "debian:12", "--require-isolation", "firecracker-kvm", "--", "true"]);
+    assert_eq!(refused.status.code(), Some(125));
+    let line = ["run", "debian:12", "--allow-host-compat", "--json", "--", "hostname"];
+    assert_eq!(pyro.json(&line)["execution_mode"], "guest_serial", "a guest is there, so it is used");
+    pyro.assert_empty();
+}
+
+#[test]
 fn doctor_proves_what_kvm_is_worth() {
     let pyro = Pyro::new();
     let report = pyro.json(&["doctor", "--json"]);

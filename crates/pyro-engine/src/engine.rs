@@ -1,6 +1,6 @@
 //! The operations.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pyro_image::{Environment, Progress, Store, StoreConfig};
-use pyro_vmm::host::{self, HostFacts};
+use pyro_vmm::host::{HostFacts, find_qemu, qemu_version};
 use pyro_vmm::{Accel, Isolation, Qemu, QemuConfig, Vmm};
 use serde::Serialize;
 use tokio::sync::mpsc;
@@ -16,10 +16,11 @@ use tokio::sync::mpsc;
 use crate::capture::Capture;
 use crate::error::{Error, ErrorKind};
 use crate::guest::{Chunk, Event, Stream};
+use crate::host;
 use crate::live::{Live, Running, StartTimes, unavailable};
 use crate::record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRecord, VmState};
 use crate::registry::{Registry, now};
-use crate::spec::{ExecSpec, VmSpec};
+use crate::spec::{Command, ExecSpec, VmSpec};
 
 /// The writable disk of a machine, in MiB: sparse, so only what the guest writes takes room.
 const DISK_MIB: u32 = 8192;
@@ -205,17 +206,79 @@ impl Engine {
     /// When the machine cannot be had or the connection to it broke; a command that fails is a result.
     pub async fn run(&self, vm: VmSpec, exec: ExecSpec, observer: Observer) -> Result<ExecResult, Error> {
         exec.check()?;
+        let (command, limit) = (exec.command.clone(), exec.timeout_seconds);
+        match self.run_in_guest(&vm, exec, &observer).await {
+            Err(error)
+                if error.kind() == ErrorKind::GuestUnavailable
+                    && vm.allow_host_compat
+                    && vm.require_isolation.is_none() =>
+            {
+                self.run_on_host(&vm, &command, limit, &observer).await
+            }
+            result => result,
+        }
+    }
+
+    async fn run_in_guest(
+        &self,
+        vm: &VmSpec,
+        exec: ExecSpec,
+        observer: &Observer,
+    ) -> Result<ExecResult, Error> {
         let began = Instant::now();
-        let (record, environment, mut live) = self.admit(&vm, &observer).await?;
+        let (record, environment, mut live) = self.admit(vm, observer).await?;
         let prepare = began.elapsed();
         observer.tell(Phase::Start(record.vm_id.clone()));
         let times = live.start(&self.vmm()?, &environment, vm.vcpu_count, vm.mem_mib).await?;
         observer.tell(Phase::Execute(record.vm_id.clone()));
         let running = live.running().ok_or_else(|| unavailable("the machine is gone"))?;
-        let mut result = execute(running, &record, exec, &observer).await?;
+        let mut result = execute(running, &record, exec, observer).await?;
         let cleaning = Instant::now();
         live.remove().await?;
         result.timings = timings(prepare, times, result.timings.execute, cleaning.elapsed());
+        result.cleanup = Some(Cleanup { vm_id: record.vm_id, deleted: true, reason: "post_exec_cleanup" });
+        Ok(result)
+    }
+
+    /// What the caller has opted into: the command without isolation, where no guest can be had.
+    async fn run_on_host(
+        &self,
+        spec: &VmSpec,
+        command: &Command,
+        limit: f64,
+        observer: &Observer,
+    ) -> Result<ExecResult, Error> {
+        let (lease, mut record) = self
+            .inner
+            .registry
+            .admit(self.inner.config.max_active_vms, |id| VmRecord::new(id, spec, "", "none", now()))?;
+        "host_compat".clone_into(&mut record.execution_mode);
+        let (live, workspace) = Live::on_host(Arc::clone(&self.inner.registry), lease)?;
+        observer.tell(Phase::Execute(record.vm_id.clone()));
+        let began = Instant::now();
+        let (sender, mut chunks) = mpsc::channel(4);
+        let life = Duration::from_secs_f64(limit.min(f64::from(spec.ttl_seconds)));
+        let mut output = Output::default();
+        let mut observed = true;
+        let run = host::run(&workspace, command, life, sender);
+        tokio::pin!(run);
+        let end = loop {
+            tokio::select! {
+                end = &mut run => break end?,
+                Some(chunk) = chunks.recv(), if observed => observed = output.take(chunk, observer).await.is_ok(),
+            }
+            if !observed {
+                chunks.close();
+            }
+        };
+        while let Some(chunk) = chunks.recv().await {
+            output.take(chunk, observer).await.ok();
+        }
+        let words = end.timed_out.then(|| format!("command timed out after {limit}s\n"));
+        let fault = end.timed_out.then_some(Fault::Timeout);
+        let outcome = Outcome { exit_code: end.exit_code, fault, words };
+        let mut result = output.result(&record, command.display(), outcome, began.elapsed(), observer).await;
+        live.remove().await?;
         result.cleanup = Some(Cleanup { vm_id: record.vm_id, deleted: true, reason: "post_exec_cleanup" });
         Ok(result)
     }
@@ -379,24 +442,10 @@ impl Engine {
         observer.tell(Phase::Create(spec.environment.clone()));
         let blank = self.inner.store.overlay_template(DISK_MIB)?;
         let created_at = now();
-        let (lease, record) = self.inner.registry.admit(self.inner.config.max_active_vms, |id| VmRecord {
-            vm_id: id.to_owned(),
-            environment: spec.environment.clone(),
-            environment_version: environment.version.clone(),
-            vcpu_count: spec.vcpu_count,
-            mem_mib: spec.mem_mib,
-            ttl_seconds: spec.ttl_seconds,
-            created_at,
-            expires_at: created_at + f64::from(spec.ttl_seconds),
-            state: VmState::Created,
-            network_enabled: false,
-            allow_host_compat: spec.allow_host_compat,
-            guest_ip: None,
-            tap_name: None,
-            execution_mode: "pending".to_owned(),
-            isolation: isolation.as_str().to_owned(),
-            metadata: BTreeMap::from([("environment_digest".to_owned(), environment.digest.clone())]),
-            last_error: None,
+        let (lease, record) = self.inner.registry.admit(self.inner.config.max_active_vms, |id| {
+            let mut record = VmRecord::new(id, spec, &environment.version, isolation.as_str(), created_at);
+            record.metadata.insert("environment_digest".to_owned(), environment.digest.clone());
+            record
         })?;
         let live = Live::new(Arc::clone(&self.inner.registry), lease, &blank)?;
         Ok((record, environment, live))
@@ -422,11 +471,11 @@ impl Engine {
 
     fn vmm(&self) -> Result<Qemu, Error> {
         let config = &self.inner.config;
-        let binary = host::find_qemu(&config.tool_path).ok_or_else(|| {
+        let binary = find_qemu(&config.tool_path).ok_or_else(|| {
             unavailable("qemu-system-x86_64 is not installed").hint("apt-get install qemu-system-x86")
         })?;
         let cache = self.host_cache();
-        let version = host::qemu_version(&binary, &cache).map_err(|error| unavailable(&error.to_string()))?;
+        let version = qemu_version(&binary, &cache).map_err(|error| unavailable(&error.to_string()))?;
         let facts = HostFacts::load(&cache);
         let accel = if facts.kvm.usable { Accel::Kvm } else { Accel::Tcg { tsc_khz: facts.tsc_khz } };
         Ok(Qemu::new(QemuConfig { binary, version: version.version, sandbox: version.sandbox, accel }))
@@ -475,7 +524,7 @@ async fn execute(
     spec.timeout_seconds = asked.min(left);
     let deadline = began + Duration::from_secs_f64(spec.timeout_seconds.min(1e9)) + GUEST_MARGIN;
     let command = spec.command.display();
-    let (mut stdout, mut stderr) = (Capture::default(), Capture::default());
+    let mut output = Output::default();
     let mut exec = running.guest.exec(spec).await.map_err(|status| unknown(&status))?;
     let end = loop {
         let event = tokio::select! {
@@ -483,17 +532,7 @@ async fn execute(
             () = tokio::time::sleep_until(deadline.into()) => break End::Lost,
         };
         match event {
-            Ok(Event::Output(chunk)) => {
-                match chunk.stream {
-                    Stream::Stdout => stdout.push(&chunk.bytes),
-                    Stream::Stderr => stderr.push(&chunk.bytes),
-                }
-                if let Some(output) = &observer.output
-                    && output.send(chunk).await.is_err()
-                {
-                    return Err(Error::new(ErrorKind::Cancelled, "the reader of the output went away"));
-                }
-            }
+            Ok(Event::Output(chunk)) => output.take(chunk, observer).await?,
             Ok(Event::Exited(exited)) => break End::Exited(exited),
             Ok(Event::Refused(refused)) => break End::Refused(refused),
             Err(status) => {
@@ -507,35 +546,64 @@ async fn execute(
         }
     };
     let outcome = end.outcome(asked > left, asked);
-    if let Some(words) = &outcome.words {
-        let bytes = words.as_bytes().to_vec();
-        stderr.push(&bytes);
-        if let Some(output) = &observer.output {
-            drop(output.send(Chunk { stream: Stream::Stderr, bytes }).await);
+    Ok(output.result(record, command, outcome, began.elapsed(), observer).await)
+}
+
+/// What a command writes: kept in part, passed on whole.
+#[derive(Default)]
+struct Output {
+    stdout: Capture,
+    stderr: Capture,
+}
+
+impl Output {
+    async fn take(&mut self, chunk: Chunk, observer: &Observer) -> Result<(), Error> {
+        match chunk.stream {
+            Stream::Stdout => self.stdout.push(&chunk.bytes),
+            Stream::Stderr => self.stderr.push(&chunk.bytes),
+        }
+        let Some(output) = &observer.output else { return Ok(()) };
+        let gone = |_closed| Error::new(ErrorKind::Cancelled, "the reader of the output went away");
+        output.send(chunk).await.map_err(gone)
+    }
+
+    async fn result(
+        mut self,
+        record: &VmRecord,
+        command: String,
+        outcome: Outcome,
+        duration: Duration,
+        observer: &Observer,
+    ) -> ExecResult {
+        if let Some(words) = &outcome.words {
+            let chunk = Chunk { stream: Stream::Stderr, bytes: words.as_bytes().to_vec() };
+            // The command has ended; a reader that went away misses only these words.
+            self.take(chunk, observer).await.ok();
+        }
+        let duration_ms = millis(duration);
+        let on_host = record.execution_mode == "host_compat";
+        ExecResult {
+            vm_id: record.vm_id.clone(),
+            environment: record.environment.clone(),
+            environment_version: record.environment_version.clone(),
+            command,
+            stdout: self.stdout.text(),
+            stderr: self.stderr.text(),
+            exit_code: outcome.exit_code,
+            duration_ms,
+            execution_mode: if on_host { "host_compat" } else { "guest_serial" }.to_owned(),
+            timed_out: outcome.fault == Some(Fault::Timeout),
+            stdout_bytes: self.stdout.total(),
+            stderr_bytes: self.stderr.total(),
+            stdout_truncated: self.stdout.truncated(),
+            stderr_truncated: self.stderr.truncated(),
+            isolation: record.isolation.clone(),
+            start_mode: "cold".to_owned(),
+            fault: outcome.fault,
+            timings: Timings { execute: duration_ms, ..Timings::default() },
+            cleanup: None,
         }
     }
-    let duration_ms = millis(began.elapsed());
-    Ok(ExecResult {
-        vm_id: record.vm_id.clone(),
-        environment: record.environment.clone(),
-        environment_version: record.environment_version.clone(),
-        command,
-        stdout: stdout.text(),
-        stderr: stderr.text(),
-        exit_code: outcome.exit_code,
-        duration_ms,
-        execution_mode: "guest_serial".to_owned(),
-        timed_out: outcome.fault == Some(Fault::Timeout),
-        stdout_bytes: stdout.total(),
-        stderr_bytes: stderr.total(),
-        stdout_truncated: stdout.truncated(),
-        stderr_truncated: stderr.truncated(),
-        isolation: record.isolation.clone(),
-        start_mode: "cold".to_owned(),
-        fault: outcome.fault,
-        timings: Timings { execute: duration_ms, ..Timings::default() },
-        cleanup: None,
-    })
 }
 
 enum End {

@@ -216,3 +216,84 @@ async fn feed(stdin: Option<Box<dyn AsyncRead + Send + Unpin>>, inputs: mpsc::Se
     // The call's request side stays open, so that its end never looks like the caller's going away.
     inputs.closed().await;
 }
+
+#[cfg(test)]
+mod tests {
+    use pyro_proto::resync::{Kind, MARK_LEN, mark};
+
+    use super::*;
+
+    /// Meets a guest that behaves as `peer` does, and must be told that it cannot be spoken to.
+    async fn refused<P: Future<Output = io::Result<()>> + Send + 'static>(
+        peer: impl FnOnce(UnixStream) -> P,
+    ) {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let peer = tokio::spawn(peer(theirs));
+        let met = tokio::time::timeout(Duration::from_secs(30), Guest::meet(ours, "pyro-test")).await;
+        met.expect("an answer").expect_err("no agent speaks like this");
+        peer.abort();
+    }
+
+    /// Does the handshake as an agent would.
+    async fn agree(stream: &mut UnixStream) -> io::Result<()> {
+        let mut guest = resync::Guest::default();
+        let mut byte = [0];
+        loop {
+            stream.read_exact(&mut byte).await?;
+            match guest.feed(&byte).1 {
+                Step::Write(kind, nonce) => stream.write_all(&mark(kind, &nonce)).await?,
+                Step::WriteAndBegin(kind, nonce) => return stream.write_all(&mark(kind, &nonce)).await,
+                Step::Read | Step::Begin => {}
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_floods_is_cut_off() {
+        refused(async |mut stream| {
+            loop {
+                stream.write_all(&[0x5a; 65_536]).await?;
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_goes_away_half_way_is_an_error() {
+        refused(async |mut stream| stream.write_all(&mark(Kind::Ack, &[0; 16])[..MARK_LEN / 2]).await).await;
+    }
+
+    #[tokio::test]
+    async fn marks_of_another_epoch_do_not_begin_a_conversation() {
+        refused(async |mut stream| {
+            for kind in [Kind::Ack, Kind::Started, Kind::Syn] {
+                stream.write_all(&mark(kind, &[1; 16])).await?;
+            }
+            stream.shutdown().await
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn garbage_after_the_handshake_is_an_error() {
+        refused(async |mut stream| {
+            agree(&mut stream).await?;
+            stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await?;
+            stream.shutdown().await
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_frame_of_a_giant_length_is_an_error() {
+        refused(async |mut stream| {
+            agree(&mut stream).await?;
+            // SETTINGS, then a DATA frame that claims 16 MiB.
+            stream.write_all(b"\0\0\0\x04\0\0\0\0\0\xff\xff\xff\0\0\0\0\0\x01").await?;
+            loop {
+                stream.write_all(&[0; 65_536]).await?;
+            }
+        })
+        .await;
+    }
+}

@@ -19,6 +19,7 @@ mod capture;
 mod engine;
 mod error;
 mod guest;
+mod host;
 mod live;
 mod record;
 mod registry;

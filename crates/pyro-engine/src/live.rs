@@ -55,6 +55,17 @@ impl Live {
         Ok(live)
     }
 
+    /// Takes over a lease for a command on the host; returns the directory that it may use.
+    pub(crate) fn on_host(
+        registry: Arc<Registry>,
+        lease: Lease,
+    ) -> Result<(Self, std::path::PathBuf), Error> {
+        let workspace = lease.dir.join("workspace");
+        let live = Self { registry, lease: Some(lease), running: None };
+        fs_err::create_dir(&workspace).map_err(|error| Error::host("the workspace", &error))?;
+        Ok((live, workspace))
+    }
+
     pub(crate) fn running(&self) -> Option<&Running> {
         self.running.as_ref()
     }

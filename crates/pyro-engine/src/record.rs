@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::spec::VmSpec;
+
 /// Where a machine is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -52,6 +54,31 @@ pub struct VmRecord {
     pub isolation: String,
     pub metadata: BTreeMap<String, String>,
     pub last_error: Option<String>,
+}
+
+impl VmRecord {
+    /// A machine that has just been asked for.
+    pub(crate) fn new(id: &str, spec: &VmSpec, version: &str, isolation: &str, created_at: f64) -> Self {
+        Self {
+            vm_id: id.to_owned(),
+            environment: spec.environment.clone(),
+            environment_version: version.to_owned(),
+            vcpu_count: spec.vcpu_count,
+            mem_mib: spec.mem_mib,
+            ttl_seconds: spec.ttl_seconds,
+            created_at,
+            expires_at: created_at + f64::from(spec.ttl_seconds),
+            state: VmState::Created,
+            network_enabled: false,
+            allow_host_compat: spec.allow_host_compat,
+            guest_ip: None,
+            tap_name: None,
+            execution_mode: "pending".to_owned(),
+            isolation: isolation.to_owned(),
+            metadata: BTreeMap::new(),
+            last_error: None,
+        }
+    }
 }
 
 /// What ended a command other than itself.

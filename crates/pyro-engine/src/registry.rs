@@ -277,31 +277,11 @@ pub(crate) fn now() -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
-    use crate::record::VmState;
+    use crate::spec::VmSpec;
 
     fn record(id: &str) -> VmRecord {
-        VmRecord {
-            vm_id: id.to_owned(),
-            environment: "debian:12".to_owned(),
-            environment_version: "1.0.0".to_owned(),
-            vcpu_count: 1,
-            mem_mib: 1024,
-            ttl_seconds: 600,
-            created_at: 0.0,
-            expires_at: 600.0,
-            state: VmState::Created,
-            network_enabled: false,
-            allow_host_compat: false,
-            guest_ip: None,
-            tap_name: None,
-            execution_mode: "pending".to_owned(),
-            isolation: "qemu-tcg".to_owned(),
-            metadata: BTreeMap::new(),
-            last_error: None,
-        }
+        VmRecord::new(id, &VmSpec::new("debian:12"), "1.0.0", "qemu-tcg", 0.0)
     }
 
     #[test]

@@ -27,6 +27,7 @@ pub(crate) async fn run(args: RunArgs, printer: &Printer) -> Result<ExitCode, Fa
         mem_mib: args.mem_mib,
         ttl_seconds: args.ttl_seconds,
         network: args.network,
+        allow_host_compat: args.allow_host_compat,
         require_isolation: args.require_isolation.map(Isolation::from),
         ..VmSpec::new(args.environment)
     };
@@ -46,6 +47,9 @@ pub(crate) async fn run(args: RunArgs, printer: &Printer) -> Result<ExitCode, Fa
     let result = result?;
     if json {
         printer.object(&result);
+    }
+    if result.execution_mode == "host_compat" {
+        printer.say("warning: no guest could be had; the command ran on this host, without isolation");
     }
     printer.say(&format!(
         "[run] environment={} execution_mode={} isolation={} exit_code={} duration_ms={:.0}",

@@ -133,3 +133,6 @@ fn unpack_data(data: impl Read, cancelled: &dyn Fn() -> bool) -> Result<Kernel, 
     let image = unpack_kernel(&image).map_err(KernelError::Image)?;
     Ok(Kernel { release, image, modules, vsock_modules })
 }
+
+#[cfg(test)]
+mod tests;

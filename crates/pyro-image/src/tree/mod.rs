@@ -209,3 +209,6 @@ impl Tree {
         (inodes.len() as u64, bytes)
     }
 }
+
+#[cfg(test)]
+mod tests;
