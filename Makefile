@@ -3,11 +3,11 @@ help: ## Show this list
 run: setup ## Build pyro and run a real command in a real microVM
 	cargo run --quiet --release -p pyro-cli -- run debian:12 -- git --version
 test: setup ## Run every test, with real microVMs
-	cargo test --workspace
+	scripts/test.sh
 check: ## Format, lints, dependency policy, docs
 	scripts/check.sh
 bench: setup ## Measure what SPECIFICATION.md promises
-	cargo bench --workspace
+	scripts/bench.sh
 setup: ## Install what a fresh Debian machine lacks
 	@scripts/setup.sh
 .PHONY: help run test check bench setup

@@ -10,6 +10,8 @@ need mmdebstrap mmdebstrap
 need newuidmap uidmap
 need mke2fs e2fsprogs
 need fsck.erofs erofs-utils
+need cpio cpio
+need strip binutils
 [ -n "$missing" ] || exit 0
 echo "installing:$missing" >&2
 run=
