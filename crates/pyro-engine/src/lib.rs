@@ -18,6 +18,7 @@
 mod capture;
 mod engine;
 mod error;
+mod execute;
 mod guest;
 mod host;
 mod live;
