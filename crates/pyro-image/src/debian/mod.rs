@@ -222,7 +222,8 @@ fn installed_packages(archive: &Path) -> Result<Vec<Package>, DebianError> {
         source: std::io::Error::other(error),
     };
     let reader = Layer::File(archive.to_owned()).open().map_err(DebianError::files(archive))?;
-    let mut members = Archive::new(reader, 0, &Limits::default());
+    let limits = Limits::default();
+    let mut members = Archive::new(reader, 0, &limits, &|| false);
     while let Some(member) = members.next_member().map_err(damaged)? {
         if member.kind == MemberKind::File && member.path.ends_with(b"var/lib/dpkg/status") {
             let status = members.read_whole(MOST_STATUS).map_err(damaged)?;
@@ -259,15 +260,13 @@ pub(crate) fn check_subordinate_ids() -> Result<(), DebianError> {
     }
     let number = uid.as_raw().to_string();
     let passwd = fs_err::read_to_string("/etc/passwd").unwrap_or_default();
-    let user = passwd
-        .lines()
-        .filter_map(|line| {
-            let mut fields = line.split(':');
-            let name = fields.next()?;
-            (fields.nth(1)? == number).then(|| name.to_owned())
-        })
-        .next()
-        .unwrap_or_else(|| number.clone());
+    let user = passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)? == number).then(|| name.to_owned())
+    });
+    // A user from a directory service may have its ranges there as well; the tool will tell.
+    let Some(user) = user else { return Ok(()) };
     for file in ["/etc/subuid", "/etc/subgid"] {
         let ranges = fs_err::read_to_string(file).unwrap_or_default();
         let listed = ranges.lines().any(|line| {

@@ -37,7 +37,7 @@ pub(super) fn write(
     let mut next_block: u32 = 1;
     let mut tails = 0;
     let mut buffer = vec![0; CHUNK];
-    stream_files(tree, inodes, layers, limits, &mut |node, size, source| {
+    stream_files(tree, inodes, layers, limits, interrupted, &mut |node, size, source| {
         if interrupted() {
             return Err(TreeError::Cancelled);
         }

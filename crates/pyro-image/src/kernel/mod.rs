@@ -66,6 +66,15 @@ pub enum KernelError {
     Cancelled,
 }
 
+impl From<TreeError> for KernelError {
+    fn from(error: TreeError) -> Self {
+        match error {
+            TreeError::Cancelled => Self::Cancelled,
+            other => Self::Contents(other),
+        }
+    }
+}
+
 /// What a guest needs of a kernel package.
 #[derive(Debug)]
 pub(crate) struct Kernel {
@@ -98,27 +107,23 @@ pub(crate) fn unpack_package(
 
 fn unpack_data(data: impl Read, cancelled: &dyn Fn() -> bool) -> Result<Kernel, KernelError> {
     let limits = Limits { total_bytes: MOST_PACKAGE, ..Limits::default() };
-    let mut members = Archive::new(data, 0, &limits);
+    let mut members = Archive::new(data, 0, &limits, cancelled);
     let mut image = None;
     let mut builtin = None;
     let mut files = BTreeMap::new();
     let mut module_bytes = 0;
-    while let Some(member) = members.next_member().map_err(KernelError::Contents)? {
-        if cancelled() {
-            return Err(KernelError::Cancelled);
-        }
+    while let Some(member) = members.next_member()? {
         if member.kind != MemberKind::File {
             continue;
         }
         let path = String::from_utf8_lossy(&member.path).into_owned();
         let path = path.trim_start_matches("./").trim_start_matches('/');
         if let Some(release) = path.strip_prefix("boot/vmlinuz-") {
-            image =
-                Some((release.to_owned(), members.read_whole(MOST_KERNEL).map_err(KernelError::Contents)?));
+            image = Some((release.to_owned(), members.read_whole(MOST_KERNEL)?));
         } else if path.ends_with("/modules.builtin") {
-            builtin = Some(members.read_whole(MOST_LIST).map_err(KernelError::Contents)?);
+            builtin = Some(members.read_whole(MOST_LIST)?);
         } else if let Some(name) = modules::name_of(path) {
-            let bytes = members.read_whole(MOST_MODULE).map_err(KernelError::Contents)?;
+            let bytes = members.read_whole(MOST_MODULE)?;
             module_bytes += bytes.len() as u64;
             if module_bytes > MOST_MODULES {
                 return Err(KernelError::TooLarge);

@@ -178,7 +178,6 @@ fn packages_without_a_kernel_are_refused() {
     let mut builder = ar::Builder::new(&mut package);
     let empty = vec![0; 1024];
     builder.append(&ar::Header::new(b"data.tar".to_vec(), 1024), empty.as_slice()).expect("in memory");
-    drop(builder);
     assert!(matches!(
         unpack_package(package.as_slice(), &|| false),
         Err(KernelError::Missing("kernel image"))

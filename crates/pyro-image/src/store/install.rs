@@ -125,7 +125,7 @@ impl Store {
         if !installation.looks_untouched() {
             refresh(&installation, &cancelled)?;
         }
-        let initramfs = self.initramfs(&kernel)?;
+        let (initramfs, initramfs_lease) = self.initramfs(&kernel)?;
         Ok(Some(Environment {
             name: definition.name.to_owned(),
             version: installation.manifest.version.clone(),
@@ -134,7 +134,7 @@ impl Store {
             kernel: kernel.image(),
             initramfs,
             rootfs: installation.rootfs(),
-            leases: [rootfs_lease, kernel_lease],
+            leases: [rootfs_lease, kernel_lease, initramfs_lease],
         }))
     }
 
@@ -226,12 +226,18 @@ fn refresh(installation: &Installation, cancelled: &dyn Fn() -> bool) -> Result<
     files::replace(&path, &bytes).map_err(ImageError::cache(path))
 }
 
-/// A shared lock on a directory; `None` when it is gone or being removed.
-fn shared(directory: &Path) -> Result<Option<File>, ImageError> {
-    match lock::attempt(directory, Mode::Shared).map_err(ImageError::cache(directory))? {
-        Attempt::Locked(lease) => Ok(Some(lease)),
-        Attempt::Held | Attempt::Gone => Ok(None),
+/// A shared lock on a directory or file; `None` when it is gone or being removed.
+pub(super) fn shared(path: &Path) -> Result<Option<File>, ImageError> {
+    // A prune holds what it looks at for a moment only, and may decide to keep it.
+    const ATTEMPTS: usize = 100;
+    for _ in 0..ATTEMPTS {
+        match lock::attempt(path, Mode::Shared).map_err(ImageError::cache(path))? {
+            Attempt::Locked(lease) => return Ok(Some(lease)),
+            Attempt::Gone => return Ok(None),
+            Attempt::Held => std::thread::sleep(Duration::from_millis(10)),
+        }
     }
+    Ok(None)
 }
 
 pub(super) fn recorded(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<FileRecord, ImageError> {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::Store;
 use super::entry::{usable, verify_file};
-use super::install::{recorded, rename_into_place, write_in};
+use super::install::{recorded, rename_into_place, shared, write_in};
 use super::paths::{MANIFEST, MODULES, ORDER, VMLINUX, VSOCK_ORDER};
 use crate::initramfs::{self, ModuleFile};
 use crate::kernel::{self, Module};
@@ -138,24 +138,31 @@ impl Store {
         Ok((digest, lease))
     }
 
-    /// The initramfs of a kernel with this store's agent, made when it is missing or was touched.
-    pub(super) fn initramfs(&self, kernel: &StoredKernel) -> Result<PathBuf, ImageError> {
+    /// The initramfs of a kernel with this store's agent, made when it is missing or was touched, and a lease
+    /// on it.
+    pub(super) fn initramfs(&self, kernel: &StoredKernel) -> Result<(PathBuf, File), ImageError> {
+        const ATTEMPTS: usize = 3;
         let agent = self.agent_digest();
         let path = kernel.directory.join(format!("initramfs-{agent}.cpio"));
         let record = path.with_extension("json");
-        if let Some(manifest) = usable(&record, InitramfsManifest::parse)?
-            && manifest.file.looks_untouched(&path)
-        {
-            return Ok(path);
+        for _ in 0..ATTEMPTS {
+            if let Some(manifest) = usable(&record, InitramfsManifest::parse)?
+                && let Some(lease) = shared(&path)?
+                && manifest.file.looks_untouched(&path)
+            {
+                return Ok((path, lease));
+            }
+            // Deterministic: whoever else makes it at this moment writes the same bytes, so that only the
+            // record may have to be written once more.
+            let bytes = self.build_initramfs(kernel).map_err(ImageError::cache(&path))?;
+            files::replace(&path, &bytes).map_err(ImageError::cache(&path))?;
+            let manifest =
+                InitramfsManifest { format_version: FORMAT_VERSION, file: recorded(&path, &|| false)? };
+            let text = manifest::encode(&manifest).map_err(ImageError::cache(&record))?;
+            files::replace(&record, &text).map_err(ImageError::cache(&record))?;
         }
-        // Deterministic: whoever else makes it at this moment writes the same bytes.
-        let bytes = self.build_initramfs(kernel).map_err(ImageError::cache(&path))?;
-        files::replace(&path, &bytes).map_err(ImageError::cache(&path))?;
-        let manifest =
-            InitramfsManifest { format_version: FORMAT_VERSION, file: recorded(&path, &|| false)? };
-        let text = manifest::encode(&manifest).map_err(ImageError::cache(&record))?;
-        files::replace(&record, &text).map_err(ImageError::cache(&record))?;
-        Ok(path)
+        let error = std::io::Error::other("other processes keep changing it");
+        Err(ImageError::cache(path)(error))
     }
 
     fn build_initramfs(&self, kernel: &StoredKernel) -> std::io::Result<Vec<u8>> {

@@ -11,7 +11,8 @@
 //! ```
 //!
 //! Install directories are made in `staging`, synced, and renamed into place whole. Whoever uses one holds a
-//! shared lock on the directory itself; whoever removes one holds it exclusively and renames it away first.
+//! shared lock on the directory itself (and on its initramfs); whoever removes one holds it exclusively and
+//! renames it away first.
 
 mod doctor;
 mod entry;
@@ -90,14 +91,14 @@ pub struct Environment {
     pub initramfs: PathBuf,
     /// The read-only root file system: an EROFS image.
     pub rootfs: PathBuf,
-    leases: [File; 2],
+    leases: [File; 3],
 }
 
 impl Environment {
-    /// The open directories whose shared locks keep the files from being pruned.
+    /// What is held open so that its shared locks keep the files from being pruned.
     ///
-    /// A process that inherits (copies of) both keeps the environment installed as well.
-    pub fn leases(&self) -> &[File; 2] {
+    /// A process that inherits (copies of) all of them keeps the environment installed as well.
+    pub fn leases(&self) -> &[File] {
         &self.leases
     }
 }

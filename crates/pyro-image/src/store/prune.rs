@@ -110,21 +110,40 @@ impl Store {
     ) -> Result<(), ImageError> {
         for directory in entries(&self.paths.kernels())? {
             let digest = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            // A lock that is held belongs to a guest, or to a pull that has yet to name this kernel.
-            let Attempt::Locked(_held) =
-                lock::attempt(&directory, Mode::Exclusive).map_err(ImageError::cache(&directory))?
-            else {
-                continue;
-            };
-            if !kept.contains(&digest) {
-                pruned.freed_bytes += disk_bytes(&directory);
-                staging.discard(&directory).map_err(ImageError::cache(&directory))?;
+            if kept.contains(&digest) {
+                self.prune_initramfs(&directory)?;
                 continue;
             }
-            for file in entries(&directory)? {
-                let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                if name.starts_with("initramfs-") && !name.contains(self.agent_digest()) {
-                    fs_err::remove_file(&file).map_err(ImageError::cache(&file))?;
+            // A lock that is held belongs to a guest, or to a pull that has yet to name this kernel.
+            if let Attempt::Locked(_held) =
+                lock::attempt(&directory, Mode::Exclusive).map_err(ImageError::cache(&directory))?
+            {
+                pruned.freed_bytes += disk_bytes(&directory);
+                staging.discard(&directory).map_err(ImageError::cache(&directory))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Those of other agents, unless a guest that such an agent serves still has its own.
+    fn prune_initramfs(&self, kernel: &Path) -> Result<(), ImageError> {
+        for file in entries(kernel)? {
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let old = name.starts_with("initramfs-")
+                && name.ends_with(".cpio")
+                && !name.contains(self.agent_digest());
+            if old
+                && let Attempt::Locked(_held) =
+                    lock::attempt(&file, Mode::Exclusive).map_err(ImageError::cache(&file))?
+            {
+                let record = file.with_extension("json");
+                for path in [&file, &record] {
+                    match fs_err::remove_file(path) {
+                        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                            return Err(ImageError::cache(path)(error));
+                        }
+                        _ => {}
+                    }
                 }
             }
         }

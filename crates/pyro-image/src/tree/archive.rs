@@ -12,25 +12,40 @@ use super::member::{Extensions, Member};
 use super::{Limits, Reason, TreeError, show};
 
 const BLOCK: u64 = 512;
+/// Archivers fill their last record up, with some KiB at most.
+const MOST_BEHIND_END: u64 = 64 << 20;
+/// After how many bytes the caller is asked again whether to stop.
+const BEAT: u64 = 1 << 20;
 
 /// A tar archive that is read from start to end.
-#[derive(Debug)]
-pub(crate) struct Archive<R> {
+pub(crate) struct Archive<'a, R> {
     reader: R,
+    interrupted: &'a dyn Fn() -> bool,
     /// The number of the layer, for errors.
     layer: usize,
     limits: Limits,
     /// What is left of the current member's data, and of the padding behind it.
     data: u64,
     padding: u64,
-    /// Bytes read so far.
+    /// Bytes read so far, and how many there were when the caller was last asked whether to stop.
     consumed: u64,
+    asked: u64,
     path: Vec<u8>,
 }
 
-impl<R: Read> Archive<R> {
-    pub(crate) fn new(reader: R, layer: usize, limits: &Limits) -> Self {
-        Self { reader, layer, limits: limits.clone(), data: 0, padding: 0, consumed: 0, path: Vec::new() }
+impl<'a, R: Read> Archive<'a, R> {
+    pub(crate) fn new(reader: R, layer: usize, limits: &Limits, interrupted: &'a dyn Fn() -> bool) -> Self {
+        Self {
+            reader,
+            layer,
+            interrupted,
+            limits: limits.clone(),
+            data: 0,
+            padding: 0,
+            consumed: 0,
+            asked: 0,
+            path: Vec::new(),
+        }
     }
 
     /// The next member, or `None` at the end; what was not read of the last one is skipped.
@@ -177,8 +192,16 @@ impl<R: Read> Archive<R> {
 
     /// Reads on to the end of the stream, so that the checksums of the compression are checked.
     fn drain(&mut self) -> Result<(), TreeError> {
+        let end = self.consumed;
         let mut chunk = [0; 16 << 10];
-        while self.read_some(&mut chunk)? > 0 {}
+        while self.read_some(&mut chunk)? > 0 {
+            if self.consumed - end > MOST_BEHIND_END {
+                return Err(TreeError::Limit {
+                    what: "bytes behind the end of an archive",
+                    limit: MOST_BEHIND_END,
+                });
+            }
+        }
         Ok(())
     }
 
@@ -191,6 +214,12 @@ impl<R: Read> Archive<R> {
             }
         };
         self.consumed += read as u64;
+        if self.consumed - self.asked >= BEAT {
+            self.asked = self.consumed;
+            if (self.interrupted)() {
+                return Err(TreeError::Cancelled);
+            }
+        }
         // Headers and padding are never more than the inodes account for.
         let most = self.limits.total_bytes.saturating_add(self.limits.inodes * 4 * BLOCK);
         if self.consumed > most.saturating_add(self.limits.metadata) {

@@ -6,6 +6,9 @@ use super::archive::Archive;
 use super::member::{Member, MemberKind};
 use super::{Kind, Layer, Limits, Meta, Node, NodeId, Reason, Tree, TreeError, show};
 
+/// Components followed while looking up one path, those of links included. Without it a small layer could keep
+/// us busy for hours.
+const MOST_STEPS: usize = 1024;
 /// Symbolic links followed while looking up one path; as the kernel's own bound.
 const MOST_LINKS: usize = 40;
 const WHITEOUT: &[u8] = b".wh.";
@@ -24,7 +27,7 @@ pub fn flatten(layers: &[Layer], limits: &Limits, interrupted: &dyn Fn() -> bool
     let mut merge = Merge { tree: Tree::new(), limits, members: 0, bytes: 0, metadata: 0 };
     for (number, layer) in layers.iter().enumerate() {
         let reader = layer.open().map_err(|source| TreeError::Read { layer: number, source })?;
-        merge.add_layer(number, Archive::new(reader, number, limits), interrupted)?;
+        merge.add_layer(number, Archive::new(reader, number, limits, interrupted), interrupted)?;
     }
     Ok(merge.tree)
 }
@@ -57,7 +60,7 @@ impl Merge<'_> {
     fn add_layer<R: std::io::Read>(
         &mut self,
         number: usize,
-        mut archive: Archive<R>,
+        mut archive: Archive<'_, R>,
         interrupted: &dyn Fn() -> bool,
     ) -> Result<(), TreeError> {
         let layer = u32::try_from(number).unwrap_or(u32::MAX);
@@ -85,6 +88,9 @@ impl Merge<'_> {
             index += 1;
         }
         for member in placed {
+            if interrupted() {
+                return Err(TreeError::Cancelled);
+            }
             let path = member.path.clone();
             self.place(layer, member).map_err(|reason| TreeError::Member {
                 layer: number,
@@ -244,8 +250,12 @@ impl Merge<'_> {
         let mut trail = vec![NodeId::ROOT];
         // A stack of components still to follow, the next one last.
         let mut ahead: Vec<Vec<u8>> = parts.iter().rev().map(|part| part.to_vec()).collect();
-        let mut links = 0;
+        let (mut links, mut steps) = (0, 0);
         while let Some(part) = ahead.pop() {
+            steps += 1;
+            if steps > MOST_STEPS {
+                return Err(Reason::Loop);
+            }
             let here = trail.last().copied().unwrap_or(NodeId::ROOT);
             if part == b".." {
                 // Above the root is the root.

@@ -16,6 +16,7 @@ pub(crate) fn stream_files(
     inodes: &[Reached],
     layers: &[Layer],
     limits: &Limits,
+    interrupted: &dyn Fn() -> bool,
     sink: &mut dyn FnMut(NodeId, u64, &mut Source<'_>) -> Result<(), TreeError>,
 ) -> Result<(), TreeError> {
     let mut wanted: Vec<HashMap<u32, (NodeId, u64)>> = vec![HashMap::new(); layers.len()];
@@ -29,7 +30,7 @@ pub(crate) fn stream_files(
     }
     for (number, (layer, mut wanted)) in layers.iter().zip(wanted).enumerate() {
         let reader = layer.open().map_err(|source| TreeError::Read { layer: number, source })?;
-        let mut archive = Archive::new(reader, number, limits);
+        let mut archive = Archive::new(reader, number, limits, interrupted);
         let mut index = 0;
         while !wanted.is_empty() {
             let changed =

@@ -280,10 +280,10 @@ fn damage_is_noticed() {
     assert!(matches!(merge(&[flipped]), Err(TreeError::Member { reason: Reason::Checksum, .. })));
     assert!(merge(&[vec![0x55; 4096]]).is_err(), "garbage");
     let packed = gzip(&good);
-    assert!(merge(&[packed.clone()]).is_ok());
+    assert!(merge(std::slice::from_ref(&packed)).is_ok());
     assert!(merge(&[packed[..packed.len() - 4].to_vec()]).is_err(), "cut in the checksum of gzip");
     let packed = zstd::stream::encode_all(good.as_slice(), 3).expect("packed");
-    assert!(merge(&[packed.clone()]).is_ok());
+    assert!(merge(std::slice::from_ref(&packed)).is_ok());
     assert!(merge(&[packed[..packed.len() - 4].to_vec()]).is_err(), "cut in zstd");
 }
 
@@ -311,6 +311,38 @@ fn extension_headers_are_bounded_before_they_are_read() {
         global.extend_from_slice(raw_header(&Item(b"g", EntryType::XGlobalHeader, b"", b"")).as_bytes());
     }
     assert!(merge(&[global]).is_err());
+}
+
+#[test]
+fn bombs_end_early() {
+    // 1 GiB of zeros behind the end, and a file of 1 TiB that is not there: both a few bytes on disk.
+    let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1).expect("in memory");
+    encoder.write_all(&tar_of(&[])).expect("in memory");
+    std::io::copy(&mut std::io::Read::take(std::io::repeat(0), 1 << 30), &mut encoder).expect("in memory");
+    let packed = encoder.finish().expect("in memory");
+    assert!(packed.len() < 1 << 20);
+    let behind = merge(&[packed]).expect_err("refused").to_string();
+    assert_eq!(behind, "the layers exceed the limit of 67108864 bytes behind the end of an archive");
+    let mut header = raw_header(&file("large", ""));
+    header.set_size(1 << 40);
+    header.set_cksum();
+    assert!(matches!(merge(&[header.as_bytes().to_vec()]), Err(TreeError::Limit { what: "bytes", .. })));
+}
+
+#[test]
+fn followed_links_are_bounded_in_number() {
+    // 100 bytes of target hold 16 pairs of steps; 40 links of it are more than 1,024 steps.
+    let winding = "d/../".repeat(16) + "n";
+    let links: Vec<String> = (0..40).map(|number| format!("l{number}")).collect();
+    let targets: Vec<String> =
+        (0..40).map(|number| winding.replace('n', &format!("l{}", number + 1))).collect();
+    let mut items = vec![directory("d")];
+    for (link, target) in links.iter().zip(&targets) {
+        items.push(symlink(link, target));
+    }
+    items.push(directory("l40"));
+    items.push(file("l0/x", ""));
+    assert_eq!(reason(&items), Reason::Loop);
 }
 
 #[test]

@@ -1,0 +1,322 @@
+//! The life of the store, with a stand-in for `mmdebstrap` that takes no time.
+
+mod support;
+
+use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use pyro_image::{ImageError, Progress, Silent, Store};
+use support::{Fixture, PULL_HELPER, Recorder};
+
+const NAME: &str = "debian:12-base";
+
+#[test]
+fn an_environment_is_built_once_and_then_used() {
+    let fixture = Fixture::new();
+    let store = fixture.store();
+    assert!(!store.installed(NAME).expect("readable"));
+    assert_eq!(store.list().expect("readable").len(), 3);
+    let environment = store.ensure(NAME, &Silent).expect("built");
+    for file in [&environment.kernel, &environment.initramfs, &environment.rootfs] {
+        assert!(file.is_file(), "{}", file.display());
+    }
+    assert!(fs_err::read(&environment.kernel).expect("readable").starts_with(b"\x7fELF"));
+    drop(store.ensure(NAME, &Silent).expect("there"));
+    assert_eq!(fixture.runs(), 1);
+    assert_eq!(fixture.staging(), 0);
+    let inspection = store.inspect(NAME).expect("readable");
+    assert!(inspection.verified && inspection.entry.installed, "{inspection:?}");
+    assert_eq!(inspection.rootfs_digest.as_deref(), Some(environment.digest.as_str()));
+    assert_eq!(inspection.packages[0].name, "bash");
+    let pulled = store.pull(NAME, &Silent).expect("there");
+    assert_eq!(pulled.source, "cache");
+    let mode = fs_err::metadata(&fixture.cache).expect("there").mode();
+    assert_eq!(mode & 0o777, 0o700);
+}
+
+#[test]
+fn the_kernel_is_fetched_once_for_all_environments() {
+    let fixture = Fixture::new();
+    let store = fixture.store();
+    let first = store.ensure(NAME, &Silent).expect("built");
+    let second = store.ensure("debian:12", &Silent).expect("built");
+    assert_eq!(first.kernel, second.kernel);
+    assert_eq!((fixture.runs(), fixture.kernel_fetches()), (2, 1));
+}
+
+#[test]
+fn the_same_build_gives_the_same_bytes_and_a_new_agent_a_new_initramfs() {
+    let (one, two) = (Fixture::new(), Fixture::new());
+    let first = one.store().ensure(NAME, &Silent).expect("built");
+    let second = two.store_with_agent(b"another agent").ensure(NAME, &Silent).expect("built");
+    assert_eq!((&first.digest, &first.kernel_digest), (&second.digest, &second.kernel_digest));
+    assert_ne!(first.initramfs.file_name(), second.initramfs.file_name());
+    let archive = fs_err::read(&second.initramfs).expect("readable");
+    let holds = |text: &[u8]| archive.windows(text.len()).any(|window| window == text);
+    assert!(holds(b"another agent") && holds(b"modules/01-virtio_mmio.ko"));
+    assert!(holds(b"modules/order\0") && holds(b"modules/order.vsock\0"));
+}
+
+#[test]
+fn unknown_environments_are_named_with_what_there_is() {
+    let fixture = Fixture::new();
+    let error = fixture.store().check_name("alpine").expect_err("unknown");
+    assert_eq!(
+        error.to_string(),
+        "unknown environment 'alpine'; expected one of: debian:12, debian:12-base, debian:12-build"
+    );
+    assert_eq!(error.code(), "unknown_environment");
+}
+
+#[test]
+fn two_pulls_at_once_build_once() {
+    let fixture = Fixture::new();
+    fixture.set("delay", "1");
+    let recorders: Vec<Recorder> = std::thread::scope(|scope| {
+        let pulls: Vec<_> = (0..4)
+            .map(|_| {
+                scope.spawn(|| {
+                    let recorder = Recorder::default();
+                    fixture.store().pull(NAME, &recorder).expect("pulled");
+                    recorder
+                })
+            })
+            .collect();
+        pulls.into_iter().map(|pull| pull.join().expect("no panic")).collect()
+    });
+    assert_eq!(fixture.runs(), 1);
+    assert_eq!(recorders.iter().filter(|recorder| recorder.heard("waiting")).count(), 3);
+}
+
+#[test]
+fn damage_is_found_and_mended() {
+    let fixture = Fixture::new();
+    let store = fixture.store();
+    let environment = store.ensure(NAME, &Silent).expect("built");
+    let good = fs_err::read(&environment.rootfs).expect("readable");
+
+    // Touched but whole: hashed again, not built again.
+    fs_err::write(&environment.rootfs, &good).expect("written");
+    assert!(!store.installed(NAME).expect("readable"));
+    drop(store.ensure(NAME, &Silent).expect("whole"));
+    assert!(store.installed(NAME).expect("readable"));
+    assert_eq!(fixture.runs(), 1);
+
+    // Other bytes: never used, even while somebody leases it.
+    let mut bad = good.clone();
+    bad[5000] ^= 1;
+    fs_err::write(&environment.rootfs, &bad).expect("written");
+    let inspection = store.inspect(NAME).expect("readable");
+    assert!(!inspection.verified && inspection.problems[0].contains("rootfs.erofs"), "{inspection:?}");
+    let mended = store.ensure(NAME, &Silent).expect("rebuilt");
+    assert_eq!(fixture.runs(), 2);
+    assert!(fs_err::read(&mended.rootfs).expect("readable") == good);
+
+    // Other bytes under the old time: what a full check is for.
+    let file = std::fs::File::options().write(true).open(&mended.rootfs).expect("there");
+    let time = file.metadata().expect("there").modified().expect("known");
+    std::os::unix::fs::FileExt::write_all_at(&file, &bad, 0).expect("written");
+    file.set_modified(time).expect("set");
+    assert!(store.installed(NAME).expect("readable"));
+    assert!(!store.inspect(NAME).expect("readable").verified);
+    assert_eq!(store.pull(NAME, &Silent).expect("rebuilt").source, "debian-packages");
+    assert_eq!(fixture.runs(), 3);
+
+    // A kernel module that is gone, and a manifest cut short.
+    let module = mended.kernel.with_file_name("modules").join("01-virtio_mmio.ko");
+    fs_err::remove_file(&module).expect("removed");
+    drop(store.ensure(NAME, &Silent).expect("rebuilt"));
+    assert!(module.exists());
+    fs_err::write(mended.rootfs.with_file_name("manifest.json"), "{\"format_version\": 1,").expect("written");
+    drop(store.ensure(NAME, &Silent).expect("rebuilt"));
+    assert_eq!((fixture.runs(), fixture.kernel_fetches()), (5, 2));
+    assert!(store.inspect(NAME).expect("readable").verified);
+}
+
+#[test]
+fn a_damaged_initramfs_is_made_again() {
+    let fixture = Fixture::new();
+    let store = fixture.store();
+    let environment = store.ensure(NAME, &Silent).expect("built");
+    let good = fs_err::read(&environment.initramfs).expect("readable");
+    fs_err::write(&environment.initramfs, "cut short").expect("written");
+    let again = store.ensure(NAME, &Silent).expect("mended");
+    assert!(fs_err::read(&again.initramfs).expect("readable") == good);
+    assert_eq!(fixture.runs(), 1);
+}
+
+#[test]
+fn what_a_newer_version_wrote_is_left_alone() {
+    let fixture = Fixture::new();
+    let store = fixture.store();
+    let environment = store.ensure(NAME, &Silent).expect("built");
+    let manifest = environment.rootfs.with_file_name("manifest.json");
+    fs_err::write(&manifest, "{\"format_version\": 2}").expect("written");
+    let error = store.ensure(NAME, &Silent).expect_err("refused");
+    assert_eq!(error.code(), "environment_manifest");
+    assert_eq!(fixture.runs(), 1);
+}
+
+#[test]
+fn prune_keeps_what_is_leased() {
+    let fixture = Fixture::new();
+    let store = fixture.store();
+    let environment = store.ensure(NAME, &Silent).expect("built");
+    drop(store.ensure("debian:12", &Silent).expect("built"));
+    let template = store.overlay_template(64).expect("made");
+    let pruned = fixture.store().prune().expect("pruned");
+    assert_eq!((pruned.count, pruned.in_use.as_slice()), (1, [NAME.to_owned()].as_slice()));
+    assert!(pruned.deleted_environment_dirs[0].to_string_lossy().contains("/debian_12/"));
+    assert!(environment.rootfs.exists() && environment.kernel.exists() && environment.initramfs.exists());
+    assert!(template.exists());
+
+    drop(environment);
+    let pruned = store.prune().expect("pruned");
+    assert_eq!((pruned.count, pruned.in_use.len()), (1, 0));
+    assert!(!template.exists());
+    for directory in ["envs", "kernels", "staging"] {
+        assert_eq!(fs_err::read_dir(fixture.cache.join(directory)).expect("there").count(), 0, "{directory}");
+    }
+    assert!(!store.installed(NAME).expect("readable"));
+    assert_eq!(store.prune().expect("pruned").count, 0);
+}
+
+#[test]
+fn prune_removes_the_initramfs_of_old_agents() {
+    let fixture = Fixture::new();
+    let old = fixture.store().ensure(NAME, &Silent).expect("built");
+    let store = fixture.store_with_agent(b"new agent");
+    let new = store.ensure(NAME, &Silent).expect("there");
+    assert!(old.initramfs.exists() && new.initramfs.exists());
+    assert_eq!(store.prune().expect("pruned").in_use, [NAME]);
+    assert!(old.initramfs.exists() && new.initramfs.exists());
+    let path = old.initramfs.clone();
+    drop(old);
+    assert_eq!(store.prune().expect("pruned").in_use, [NAME]);
+    assert!(!path.exists() && !path.with_extension("json").exists());
+    assert!(new.initramfs.exists() && new.kernel.exists());
+}
+
+#[test]
+fn overlays_are_blank_sparse_and_reproducible() {
+    let (one, two) = (Fixture::new(), Fixture::new());
+    let first = one.store().overlay_template(4096).expect("made");
+    let second = two.store().overlay_template(4096).expect("made");
+    let metadata = fs_err::metadata(&first).expect("there");
+    assert_eq!(metadata.len(), 4096 << 20);
+    assert!(metadata.blocks() * 512 < 512 << 10, "{} bytes on disk", metadata.blocks() * 512);
+    let head = |path: &std::path::Path| {
+        use std::io::Read;
+        let mut head = vec![0; 8 << 20];
+        fs_err::File::open(path).expect("there").read_exact(&mut head).expect("readable");
+        head
+    };
+    assert!(head(&first) == head(&second));
+    for size in [0, 63, u32::MAX] {
+        assert!(matches!(one.store().overlay_template(size), Err(ImageError::OverlaySize)));
+    }
+}
+
+#[test]
+fn failures_say_what_the_tool_said() {
+    let fixture = Fixture::new();
+    fixture.set("fail", "E: the mirror\u{1b}[31m is gone");
+    let error = fixture.store().ensure(NAME, &Silent).expect_err("failed");
+    assert_eq!(error.code(), "tool_failed");
+    let text = error.to_string();
+    assert!(text.contains("the mirror") && !text.contains('\u{1b}'), "{text}");
+    assert!(error.hint().is_some());
+    assert_eq!(fixture.staging(), 0);
+
+    fixture.set("fail", "tar: write error: No space left on device");
+    assert_eq!(fixture.store().ensure(NAME, &Silent).expect_err("failed").code(), "disk_full");
+}
+
+#[test]
+fn sources_that_do_not_serve_are_refused() {
+    let fixture = Fixture::new();
+    fs_err::write(fixture.sources(), "deb http://archive.example/ubuntu noble main\n").expect("written");
+    let error = fixture.store().ensure(NAME, &Silent).expect_err("refused");
+    assert_eq!(error.code(), "no_debian_sources");
+    assert!(error.hint().is_some());
+    let checks = fixture.store().doctor();
+    let sources = checks.iter().find(|check| check.name == "package sources").expect("checked");
+    assert!(!sources.ok && sources.remedy.is_some());
+}
+
+/// Cancels as soon as the build has begun.
+struct Impatient<'a>(&'a Fixture, AtomicBool);
+
+impl Progress for Impatient<'_> {
+    fn phase(&self, _phase: &str, _detail: &str) {}
+
+    fn cancelled(&self) -> bool {
+        let started = self.0.has("started");
+        self.1.fetch_or(started, Ordering::Relaxed);
+        started
+    }
+}
+
+#[test]
+fn cancelling_ends_all_processes_and_leaves_nothing() {
+    let fixture = Fixture::new();
+    fixture.set("delay", "300");
+    let begun = Instant::now();
+    let impatient = Impatient(&fixture, AtomicBool::new(false));
+    let error = fixture.store().ensure(NAME, &impatient).expect_err("cancelled");
+    assert!(matches!(error, ImageError::Cancelled), "{error}");
+    assert!(impatient.1.load(Ordering::Relaxed));
+    assert!(begun.elapsed() < Duration::from_secs(20));
+    assert_eq!((fixture.staging(), fixture.processes(), fixture.mounts()), (0, 0, 0));
+}
+
+#[test]
+fn a_killed_build_leaves_no_process_and_its_rest_is_swept() {
+    let fixture = Fixture::new();
+    fixture.set("delay", "300");
+    let mut child = fixture.spawn_pull();
+    fixture.wait_for("started");
+    assert!(fixture.processes() > 0);
+    // While its maker lives, nobody sweeps it.
+    drop(fixture.store());
+    assert_eq!(fixture.staging(), 1);
+    child.kill().expect("killed");
+    child.wait().expect("reaped");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while fixture.processes() > 0 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!((fixture.processes(), fixture.mounts()), (0, 0));
+    assert_eq!(fixture.staging(), 1);
+    let store = fixture.store();
+    assert_eq!(fixture.staging(), 0);
+    fixture.unset("delay");
+    drop(store.ensure(NAME, &Silent).expect("built after all"));
+}
+
+/// Not a test of its own: the process that `a_killed_build_…` kills.
+#[test]
+fn pull_helper() {
+    let Some(root) = std::env::var_os(PULL_HELPER) else { return };
+    let fixture = Fixture::at(root.into());
+    drop(fixture.store().pull(NAME, &Silent));
+}
+
+#[test]
+fn stores_can_be_shared_between_threads() {
+    fn shared<T: Send + Sync + std::fmt::Debug>() {}
+    shared::<Store>();
+    shared::<pyro_image::Environment>();
+}
+
+#[test]
+fn the_doctor_checks_what_a_build_needs() {
+    let checks = Fixture::new().store().doctor();
+    for name in
+        ["mmdebstrap", "mke2fs", "unshare", "package sources", "archive keyring", "namespaces", "disk space"]
+    {
+        let check = checks.iter().find(|check| check.name == name).expect("checked");
+        assert!(check.ok && check.remedy.is_none(), "{check:?}");
+    }
+}
