@@ -141,9 +141,9 @@ mod tests {
     #[test]
     fn other_vendors_with_the_same_suite_name_do_not_serve() {
         assert!(!lines_fit("deb https://download.example/linux/debian bookworm stable"));
-        assert!(!lines_fit("# deb http://deb.debian.org/debian bookworm main"));
+        assert!(!lines_fit("# deb http://mirror.example/debian bookworm main"));
         assert!(!lines_fit("deb https://packages.example/apt cloud-sdk-bookworm main"));
-        assert!(lines_fit("deb [arch=amd64 signed-by=/k] http://deb.debian.org/debian bookworm main # ok"));
+        assert!(lines_fit("deb [arch=amd64 signed-by=/k] http://mirror.example/debian bookworm main # ok"));
         assert!(stanzas_fit(
             "Types: deb\nURIs: http://x\nSuites: bookworm-updates\n bookworm\nComponents: main\n"
         ));
@@ -157,7 +157,7 @@ mod tests {
         let parts = root.path().join("sources.list.d");
         fs_err::create_dir(&parts).expect("made");
         assert!(matches!(Sources::find_in(None, root.path()), Err(DebianError::NoSources { .. })));
-        let line = "deb http://deb.debian.org/debian bookworm main\n";
+        let line = "deb http://mirror.example/debian bookworm main\n";
         fs_err::write(parts.join("a.list"), line).expect("written");
         assert_eq!(Sources::find_in(None, root.path()).expect("found").path(), parts.join("a.list"));
         fs_err::write(root.path().join("sources.list"), line).expect("written");
