@@ -40,21 +40,17 @@ impl Set {
         Self { files, builtin: builtin.lines().filter_map(name_of).collect() }
     }
 
-    /// Both lists with everything that they need, no module twice.
-    pub(super) fn select(
+    /// Each list with everything that it needs beside the lists before it, no module twice.
+    pub(super) fn select<'a>(
         &self,
-        first: &[&str],
-        second: &[&str],
-    ) -> Result<(Vec<Module>, Vec<Module>), KernelError> {
+        wanted: impl IntoIterator<Item = &'a [&'a str]>,
+    ) -> Result<Vec<Vec<Module>>, KernelError> {
         let mut marks = BTreeMap::new();
-        let mut lists = [Vec::new(), Vec::new()];
-        for (names, list) in [first, second].into_iter().zip(&mut lists) {
-            for name in names {
-                self.visit(name, &mut marks, list)?;
-            }
-        }
-        let [first, second] = lists;
-        Ok((first, second))
+        let mut list = |names: &[&str]| {
+            let mut list = Vec::new();
+            names.iter().try_for_each(|name| self.visit(name, &mut marks, &mut list)).map(|()| list)
+        };
+        wanted.into_iter().map(&mut list).collect()
     }
 
     /// Depth first: a module comes after all that it needs. The depth is bounded by the number of modules

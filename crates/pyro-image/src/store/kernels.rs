@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::Store;
 use super::entry::{usable, verify_file};
 use super::install::{recorded, rename_into_place, shared, write_in};
-use super::paths::{MANIFEST, MODULES, ORDER, VMLINUX, VSOCK_ORDER};
+use super::paths::{MANIFEST, MODULES, VMLINUX};
 use crate::initramfs::{self, ModuleFile};
 use crate::kernel::{self, Module};
 use crate::lock::{self, Attempt, Mode};
@@ -52,7 +52,7 @@ impl StoredKernel {
 
     fn is_complete(&self) -> bool {
         let has = |name: &str| self.manifest.files.contains_key(name);
-        has(VMLINUX) && has(&in_modules(ORDER)) && has(&in_modules(VSOCK_ORDER))
+        has(VMLINUX) && kernel::LISTS.iter().all(|(order, _)| has(&in_modules(order)))
     }
 }
 
@@ -117,7 +117,7 @@ impl Store {
         };
         add(VMLINUX.to_owned(), &kernel.image)?;
         let mut number = 0;
-        for (list, order) in [(&kernel.modules, ORDER), (&kernel.vsock_modules, VSOCK_ORDER)] {
+        for (list, (order, _)) in kernel.modules.iter().zip(kernel::LISTS) {
             let named = named(list, &mut number);
             let text: String = named.iter().map(|(name, _)| format!("{name}\n")).collect();
             add(in_modules(order), text.as_bytes())?;

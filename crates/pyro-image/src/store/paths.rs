@@ -15,8 +15,6 @@ pub(super) const MANIFEST: &str = "manifest.json";
 pub(super) const POINTER: &str = "current";
 pub(super) const VMLINUX: &str = "vmlinux";
 pub(super) const MODULES: &str = "modules";
-pub(super) const ORDER: &str = "order";
-pub(super) const VSOCK_ORDER: &str = "order.vsock";
 
 impl Paths {
     /// Makes the directories; only their owner may look into them.

@@ -188,7 +188,7 @@ fn rootfs() -> Vec<u8> {
 }
 
 fn kernel_package() -> Vec<u8> {
-    let mut files: Vec<(String, Vec<u8>)> = ["mmio", "blk", "console", "rng", "net"]
+    let mut files: Vec<(String, Vec<u8>)> = ["mmio", "blk", "console", "net"]
         .into_iter()
         .map(|name| format!("virtio_{name}"))
         .chain(["overlay", "erofs", "vsock", "vmw_vsock_virtio_transport"].map(str::to_owned))
