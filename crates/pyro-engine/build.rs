@@ -1,4 +1,4 @@
-//! Builds the guest agent, static and small, for the engine to carry.
+//! Generates the supervisor's protocol, and builds the guest agent, static and small, for the engine to carry.
 //!
 //! The agent is another target of the same workspace: it links the C library statically, which must not be
 //! asked of build scripts and macros, so it is built by a cargo of its own into a directory of its own.
@@ -8,8 +8,16 @@ use std::process::Command;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo::rerun-if-changed=proto/supervisor.proto");
+    let files = protox::compile(["supervisor.proto"], ["proto"])?;
+    tonic_prost_build::configure().build_transport(false).bytes(".pyro.supervisor").compile_fds(files)?;
+    build_agent();
+    Ok(())
+}
+
 #[expect(clippy::disallowed_methods, reason = "a build script has no owner to outlive")]
-fn main() {
+fn build_agent() {
     let var = |name| std::env::var(name).unwrap_or_else(|error| panic!("{name}: {error}"));
     let root = PathBuf::from(var("CARGO_MANIFEST_DIR")).join("../..");
     for path in ["crates/pyro-agent", "crates/pyro-proto", "Cargo.toml", "Cargo.lock"] {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change, mount_move};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::UnshareFlags;
 
 use crate::cgroup::GuestCgroup;
@@ -23,6 +24,10 @@ pub(crate) const ROOT: &str = "/guest";
 pub(crate) struct Guest {
     /// The mount namespace in which commands run.
     pub(crate) namespace: OwnedFd,
+    /// Their control group namespace.
+    pub(crate) cgroup_namespace: OwnedFd,
+    /// The null device as it was at boot: a guest may do anything to its own.
+    pub(crate) null: File,
     pub(crate) cgroup: GuestCgroup,
     pub(crate) init_micros: u64,
     pub(crate) root_micros: u64,
@@ -63,9 +68,13 @@ pub(crate) fn boot() -> Result<Guest, BootError> {
     load_modules()?;
     mount_root()?;
     let cgroup = GuestCgroup::new().phase("cgroup", "/cgroup")?;
-    let namespace = guest_namespace()?;
+    let (cgroup_namespace, namespace) = cgroup.namespace(guest_namespace).phase("cgroup", "namespace")?;
+    let namespace = namespace?;
+    let null = File::options().read(true).write(true).open("/dev/null").phase("init", "/dev/null")?;
     raise_loopback();
-    Ok(Guest { namespace, cgroup, init_micros, root_micros: uptime_micros() })
+    raise_file_limit();
+    let root_micros = uptime_micros();
+    Ok(Guest { namespace, cgroup_namespace, null, cgroup, init_micros, root_micros })
 }
 
 /// The kernel never picks the agent when memory runs out; commands get the ordinary score back.
@@ -162,6 +171,17 @@ fn guest_namespace() -> Result<OwnedFd, BootError> {
 fn unshare_mounts() -> rustix::io::Result<()> {
     // SAFETY: no other thread exists yet, so none can lose its file descriptors or its directory.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }
+}
+
+/// What a command may have open by default, as on other Linux systems; it may raise it itself.
+pub(crate) const COMMAND_FILES: Rlimit = Rlimit { current: Some(1024), maximum: Some(MOST_FILES) };
+const MOST_FILES: u64 = 1 << 20;
+
+/// The agent holds several descriptors for each command.
+fn raise_file_limit() {
+    let limit = Rlimit { current: Some(MOST_FILES), maximum: Some(MOST_FILES) };
+    // Without it, fewer commands run at the same time.
+    _ = setrlimit(Resource::Nofile, limit);
 }
 
 /// Sets 127.0.0.1 up; a guest without it still runs commands.

@@ -4,12 +4,16 @@
 //! the agent; below it each command has a group of its own, by which all of its processes are killed at once.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::mount::{MountFlags, mount};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 const MOUNT: &str = "/cgroup";
 
@@ -34,7 +38,8 @@ pub(crate) struct ExecCgroup {
 impl GuestCgroup {
     pub(crate) fn new() -> io::Result<Self> {
         let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
-        mount("cgroup2", MOUNT, "cgroup2", flags, None)?;
+        // Delegation: what commands see of the hierarchy begins at their own group, whose limits they cannot change.
+        mount("cgroup2", MOUNT, "cgroup2", flags, Some(c"nsdelegate"))?;
         set(&format!("{MOUNT}/cgroup.subtree_control"), "+memory +pids")?;
         let guest = format!("{MOUNT}/guest");
         make(&guest)?;
@@ -42,8 +47,22 @@ impl GuestCgroup {
         set(&format!("{guest}/memory.max"), &memory.saturating_sub(RESERVE).max(64 << 20).to_string())?;
         // A process costs the kernel some 100 KiB at least; the memory limit decides where this is generous.
         set(&format!("{guest}/pids.max"), &(memory >> 19).clamp(512, 16_384).to_string())?;
-        set(&format!("{guest}/cgroup.subtree_control"), "+memory +pids")?;
         Ok(Self { next: AtomicU64::new(0), left: Arc::default() })
+    }
+
+    /// Makes the control group namespace of commands, whose root is their common group; `within` runs in it.
+    pub(crate) fn namespace<T>(&self, within: impl FnOnce() -> T) -> io::Result<(OwnedFd, T)> {
+        let kind = Some(LinkNameSpaceType::ControlGroup);
+        let own = File::open("/proc/self/ns/cgroup")?;
+        set(&format!("{MOUNT}/guest/cgroup.procs"), "0")?;
+        unshare_cgroup()?;
+        let namespace = OwnedFd::from(File::open("/proc/self/ns/cgroup")?);
+        let result = within();
+        move_into_link_name_space(own.as_fd(), kind)?;
+        set(&format!("{MOUNT}/cgroup.procs"), "0")?;
+        // A group that gives its controllers to groups below it may hold no process itself.
+        set(&format!("{MOUNT}/guest/cgroup.subtree_control"), "+memory +pids")?;
+        Ok((namespace, result))
     }
 
     /// A fresh group for one command; removes those of earlier commands that are empty by now.
@@ -74,6 +93,24 @@ impl ExecCgroup {
         drop(set(&self.path.join("cgroup.kill").to_string_lossy(), "1"));
     }
 
+    /// Waits until no process of the command is left.
+    pub(crate) async fn emptied(&self) -> io::Result<()> {
+        let events = File::open(self.path.join("cgroup.events"))?;
+        #[expect(unsafe_code, reason = "tokio asks for a promise about the descriptor")]
+        // SAFETY: the file owns its descriptor, and lives in what is made here.
+        let events = unsafe { AsyncFd::register_with_interest(events, Interest::PRIORITY) }?;
+        loop {
+            let mut text = String::new();
+            let mut file = events.get_ref();
+            file.seek(SeekFrom::Start(0))?;
+            file.read_to_string(&mut text)?;
+            if text.lines().any(|line| line == "populated 0") {
+                return Ok(());
+            }
+            events.ready(Interest::PRIORITY).await?.clear_ready();
+        }
+    }
+
     /// How many processes of the command the kernel has killed for want of memory.
     pub(crate) fn oom_kills(&self) -> u64 {
         let events = File::open(self.path.join("memory.events")).and_then(io::read_to_string);
@@ -89,6 +126,12 @@ impl Drop for ExecCgroup {
             self.left.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.path));
         }
     }
+}
+
+#[expect(unsafe_code, reason = "unshare of a namespace needs a single thread")]
+fn unshare_cgroup() -> rustix::io::Result<()> {
+    // SAFETY: no other thread exists yet.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWCGROUP) }
 }
 
 fn make(path: &str) -> io::Result<()> {

@@ -18,6 +18,7 @@ use pyro_proto::{
     ExecEvent, ExecExited, ExecInput, ExecRefused, ExecStart, ExecStarted, exec_event, exec_exited,
     exec_input, exec_refused, limits,
 };
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
@@ -25,12 +26,17 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep_until, timeout};
 use tonic::{Status, Streaming};
 
-use crate::boot::{DISK, Guest};
+use crate::boot::{COMMAND_FILES, DISK, Guest};
 use crate::cgroup::ExecCgroup;
 use crate::reaper::Reaper;
 
 /// How long output of background processes is awaited after the main process has ended and the pipe is empty.
 const LINGER: Duration = Duration::from_millis(100);
+/// What is still read after the main process has ended, in bytes: all that it can have left in the pipe. What
+/// background processes write is not its output, however much and fast they write.
+const LAST_BYTES: usize = 64 << 10;
+/// How long a killed process may take to be gone.
+const KILLED_WITHIN: Duration = Duration::from_secs(5);
 
 /// A disk with less than this is full, in bytes: ext4 keeps a few blocks back.
 const DISK_FULL: u64 = 64 << 10;
@@ -95,13 +101,19 @@ pub(crate) fn run(
 }
 
 struct Running {
-    pid: Pid,
+    process: Process,
     began: Instant,
-    cgroup: ExecCgroup,
-    ended: tokio::sync::oneshot::Receiver<std::process::ExitStatus>,
     stdin: Option<pipe::Sender>,
     stdout: pipe::Receiver,
     stderr: pipe::Receiver,
+}
+
+/// The command's main process, and the group of all its processes.
+struct Process {
+    pid: Pid,
+    cgroup: ExecCgroup,
+    ended: tokio::sync::oneshot::Receiver<std::process::ExitStatus>,
+    status: Option<std::process::ExitStatus>,
 }
 
 impl Running {
@@ -110,11 +122,14 @@ impl Running {
         let other = |error: io::Error| refused(&error, "the agent could not prepare the command");
         let cgroup = guest.cgroup.exec().map_err(other)?;
         let procs = cgroup.procs().map_err(other)?;
-        let namespace = guest.namespace.try_clone().map_err(other)?;
+        let namespaces = [&guest.namespace, &guest.cgroup_namespace].map(OwnedFd::try_clone);
+        let [mounts, cgroups] = namespaces;
+        let (mounts, cgroups) = (mounts.map_err(other)?, cgroups.map_err(other)?);
         let mut process = prepare(command);
-        process.stdin(if command.start.stdin { Stdio::piped() } else { Stdio::null() });
+        let null = guest.null.try_clone().map_err(other)?;
+        process.stdin(if command.start.stdin { Stdio::piped() } else { Stdio::from(null) });
         let cwd = command.cwd.clone();
-        let hook = move || enter(&procs.as_fd(), &namespace, &cwd);
+        let hook = move || enter(&procs.as_fd(), &mounts, &cgroups, &cwd);
         #[expect(unsafe_code, reason = "code between fork and exec")]
         // SAFETY: the hook makes system calls only.
         unsafe {
@@ -142,52 +157,49 @@ impl Running {
         let stdout = stdout.and_then(pipe::Receiver::from_owned_fd).map_err(other)?;
         let stderr = stderr.and_then(pipe::Receiver::from_owned_fd).map_err(other)?;
         let stdin = stdin.transpose().map_err(other)?;
-        Ok(Self { pid, began, cgroup, ended, stdin, stdout, stderr })
+        Ok(Self { process: Process { pid, cgroup, ended, status: None }, began, stdin, stdout, stderr })
     }
 
     async fn finish(
-        mut self,
+        self,
         command: &Command,
         inputs: Streaming<ExecInput>,
         events: &Events,
     ) -> ExecExited {
-        let pid = u32::try_from(self.pid.as_raw_nonzero().get()).unwrap_or(0);
+        let mut process = self.process;
+        let pid = u32::try_from(process.pid.as_raw_nonzero().get()).unwrap_or(0);
         let started = exec_event::Kind::Started(ExecStarted { pid });
         drop(events.send(Ok(ExecEvent { kind: Some(started) })).await);
         let (tell_end, end) = watch::channel(false);
         let out = tokio::spawn(pump(self.stdout, events.clone(), end.clone(), exec_event::Kind::Stdout));
         let err = tokio::spawn(pump(self.stderr, events.clone(), end, exec_event::Kind::Stderr));
-        let input = tokio::spawn(feed(inputs, self.stdin.take(), self.pid));
+        let input = tokio::spawn(feed(inputs, self.stdin, process.pid));
 
         let deadline = deadline(self.began, command.start.timeout_millis);
         let mut timed_out = false;
         let status = tokio::select! {
-            status = &mut self.ended => status.ok(),
-            () = events.closed() => {
-                self.cgroup.kill();
-                (&mut self.ended).await.ok()
-            }
+            status = &mut process.ended => status.ok(),
+            () = events.closed() => process.kill().await,
             () = sleep_until(deadline.into()) => {
                 timed_out = true;
-                _ = rustix::process::kill_process_group(self.pid, Signal::TERM);
+                _ = rustix::process::kill_process_group(process.pid, Signal::TERM);
                 let grace = Duration::from_millis(command.start.kill_after_millis);
-                if let Ok(status) = timeout(grace, &mut self.ended).await {
-                    status.ok()
-                } else {
-                    self.cgroup.kill();
-                    (&mut self.ended).await.ok()
+                // All of it has this long, not only the shell that started it.
+                let ended = timeout(grace, async {
+                    process.status = (&mut process.ended).await.ok();
+                    process.cgroup.emptied().await.ok();
+                });
+                match ended.await {
+                    Ok(()) => process.status,
+                    Err(_elapsed) => process.kill().await,
                 }
             }
         };
-        if timed_out {
-            // Whatever of it went into the background or ignored the signal has had its time too.
-            self.cgroup.kill();
-        }
         let duration_micros = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
         let exited = ExecExited {
             status: Some(exit_status(status)),
             timed_out,
-            oom_kills: self.cgroup.oom_kills(),
+            oom_kills: process.cgroup.oom_kills(),
             disk_full: disk_is_full(),
             duration_micros,
         };
@@ -197,6 +209,19 @@ impl Running {
         drop(out.await);
         drop(err.await);
         exited
+    }
+}
+
+impl Process {
+    /// Kills the whole command: its group, and its main process also where that has moved to another group.
+    async fn kill(&mut self) -> Option<std::process::ExitStatus> {
+        self.cgroup.kill();
+        // Once it is reaped, its number may be another's.
+        if self.status.is_none() {
+            _ = rustix::process::kill_process(self.pid, Signal::KILL);
+            self.status = timeout(KILLED_WITHIN, &mut self.ended).await.ok().and_then(Result::ok);
+        }
+        self.status
     }
 }
 
@@ -229,17 +254,26 @@ fn prepare(command: &Command) -> std::process::Command {
 const NO_DIRECTORY: i32 = libc::ENOTBLK;
 
 /// What the child does before it becomes the command.
-fn enter(procs: &impl AsFd, namespace: &OwnedFd, cwd: &CString) -> io::Result<()> {
+fn enter(procs: &impl AsFd, mounts: &OwnedFd, cgroups: &OwnedFd, cwd: &CString) -> io::Result<()> {
     rustix::io::write(procs, b"0")?;
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, COMMAND_FILES)?;
     let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
     let score = rustix::fs::open(c"/proc/self/oom_score_adj", flags, rustix::fs::Mode::empty())?;
     rustix::io::write(&score, b"0")?;
-    rustix::thread::move_into_link_name_space(
-        namespace.as_fd(),
-        Some(rustix::thread::LinkNameSpaceType::Mount),
-    )?;
+    use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+    move_into_link_name_space(cgroups.as_fd(), Some(LinkNameSpaceType::ControlGroup))?;
+    move_into_link_name_space(mounts.as_fd(), Some(LinkNameSpaceType::Mount))?;
     rustix::process::setsid()?;
-    rustix::process::chdir(cwd).map_err(|_error| io::Error::from_raw_os_error(NO_DIRECTORY))?;
+    match rustix::process::chdir(cwd) {
+        // A guest that has removed it gets it back.
+        Err(Errno::NOENT) if cwd.as_bytes() == b"/workspace" => {
+            rustix::fs::mkdir(cwd, rustix::fs::Mode::from_raw_mode(0o755))?;
+            rustix::process::chdir(cwd)?;
+        }
+        Err(Errno::NOENT | Errno::NOTDIR) => return Err(io::Error::from_raw_os_error(NO_DIRECTORY)),
+        entered => entered?,
+    }
     Ok(())
 }
 
@@ -250,17 +284,30 @@ async fn pump(
     mut end: watch::Receiver<bool>,
     wrap: fn(Bytes) -> exec_event::Kind,
 ) {
+    let mut left = LAST_BYTES;
     loop {
         let mut chunk = BytesMut::with_capacity(limits::CHUNK);
-        let read = if *end.borrow() {
-            timeout(LINGER, from.read_buf(&mut chunk)).await.unwrap_or(Ok(0))
+        let ended = *end.borrow();
+        let read = if ended {
+            timeout(LINGER, from.read_buf(&mut chunk)).await
         } else {
             tokio::select! {
-                read = from.read_buf(&mut chunk) => read,
+                read = from.read_buf(&mut chunk) => Ok(read),
                 _ = end.changed() => continue,
             }
         };
-        if !matches!(read, Ok(1..)) {
+        match read {
+            Ok(Ok(length @ 1..)) if ended => {
+                chunk.truncate(left);
+                left = left.saturating_sub(length);
+            }
+            Ok(Ok(1..)) => {}
+            Ok(Ok(0) | Err(_)) => return,
+            Err(_quiet) => left = 0,
+        }
+        if ended && chunk.is_empty() {
+            // A background process may write on: without a reader, its next line would kill it.
+            drop(tokio::spawn(discard(from)));
             return;
         }
         if events.send(Ok(ExecEvent { kind: Some(wrap(chunk.freeze())) })).await.is_err() {
@@ -269,9 +316,21 @@ async fn pump(
     }
 }
 
+/// Reads and throws away until the last writer is gone.
+async fn discard(mut from: pipe::Receiver) {
+    let mut buffer = vec![0; 4096];
+    while matches!(from.read(&mut buffer).await, Ok(1..)) {}
+}
+
 /// Gives the host's bytes and signals to the command.
 async fn feed(mut inputs: Streaming<ExecInput>, mut stdin: Option<pipe::Sender>, group: Pid) {
-    while let Ok(Some(input)) = inputs.message().await {
+    loop {
+        let input = match inputs.message().await {
+            Ok(Some(input)) => input,
+            Ok(None) => return,
+            // The host is gone, and the command is about to be killed: it must not take this for the end of its input.
+            Err(_broken) => return std::future::pending().await,
+        };
         match input.kind {
             Some(exec_input::Kind::Stdin(bytes)) => {
                 if let Some(pipe) = &mut stdin
@@ -308,7 +367,8 @@ fn exit_status(status: Option<std::process::ExitStatus>) -> exec_exited::Status 
 }
 
 fn disk_is_full() -> bool {
-    rustix::fs::statvfs(DISK).is_ok_and(|disk| disk.f_bavail.saturating_mul(disk.f_frsize) < DISK_FULL)
+    rustix::fs::statvfs(DISK)
+        .is_ok_and(|disk| disk.f_bavail.saturating_mul(disk.f_frsize) < DISK_FULL || disk.f_favail == 0)
 }
 
 fn refused(error: &io::Error, what: &str) -> ExecRefused {
@@ -316,6 +376,7 @@ fn refused(error: &io::Error, what: &str) -> ExecRefused {
         io::ErrorKind::NotFound => exec_refused::Reason::NotFound,
         io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory => exec_refused::Reason::NotExecutable,
         io::ErrorKind::WouldBlock | io::ErrorKind::OutOfMemory => exec_refused::Reason::NoResources,
+        _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => exec_refused::Reason::NoResources,
         _ if error.raw_os_error() == Some(libc::ENOEXEC) => exec_refused::Reason::NotExecutable,
         _ => exec_refused::Reason::Other,
     };

@@ -1,7 +1,7 @@
 //! What makes this guest unlike every other: entropy, clock, hostname, machine-id.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 
 use pyro_proto::{IdentifyRequest, limits};
@@ -27,9 +27,31 @@ pub(crate) fn assume(request: &IdentifyRequest) -> Result<(), IdentityError> {
     set_clock(request.realtime_nanos).map_err(refused("clock"))?;
     rustix::system::sethostname(request.hostname.as_bytes())
         .map_err(|error| refused("hostname")(error.into()))?;
-    write_in_root("etc/hostname", &format!("{}\n", request.hostname)).map_err(refused("hostname file"))?;
-    write_in_root("etc/machine-id", &format!("{}\n", request.machine_id)).map_err(refused("machine-id"))?;
+    // A guest may have put anything in the place of these files; that must not make it unusable for good.
+    for (path, text) in [("etc/hostname", &request.hostname), ("etc/machine-id", &request.machine_id)] {
+        if let Err(error) = write_in_root(path, &format!("{text}\n")) {
+            crate::say(&format!("phase=identity: {path}: {error}"));
+        }
+    }
+    if let Err(error) = name_in_hosts(&request.hostname) {
+        crate::say(&format!("phase=identity: etc/hosts: {error}"));
+    }
     Ok(())
+}
+
+/// Lets the guest resolve its own name. Lines that it has added itself stay.
+fn name_in_hosts(hostname: &str) -> io::Result<()> {
+    const MOST_BYTES: u64 = 1 << 20;
+    let path = "etc/hosts";
+    let mut text = String::new();
+    if let Ok(file) = open_in_root(path, OFlags::RDONLY) {
+        file.take(MOST_BYTES).read_to_string(&mut text)?;
+    }
+    if text.split_whitespace().any(|word| word == hostname) {
+        return Ok(());
+    }
+    let line = format!("127.0.1.1 {hostname}\n");
+    open_in_root(path, OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND)?.write_all(line.as_bytes())
 }
 
 fn check(request: &IdentifyRequest) -> Result<(), IdentityError> {
@@ -85,9 +107,13 @@ fn set_clock(nanos: u64) -> io::Result<()> {
 /// Writes a file of the guest's root. A disk that was used before may hold any symlink there, so the path is
 /// resolved as if that root were the whole file system.
 fn write_in_root(path: &str, text: &str) -> io::Result<()> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::openat(CWD, ROOT, flags, Mode::empty())?;
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = openat2(root, path, flags, Mode::from_raw_mode(0o644), ResolveFlags::IN_ROOT)?;
-    File::from(file).write_all(text.as_bytes())
+    open_in_root(path, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC)?.write_all(text.as_bytes())
+}
+
+fn open_in_root(path: &str, flags: OFlags) -> io::Result<File> {
+    let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::openat(CWD, ROOT, directory, Mode::empty())?;
+    let mode = if flags.contains(OFlags::CREATE) { Mode::from_raw_mode(0o644) } else { Mode::empty() };
+    let flags = flags | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    Ok(File::from(openat2(root, path, flags, mode, ResolveFlags::IN_ROOT)?))
 }

@@ -37,7 +37,7 @@ fn main() -> ExitCode {
         Err(error) => Err(error),
     };
     if let Err(error) = served {
-        say(&format!("phase=serve failed: {error}"));
+        say(&format!("phase=end failed: {error}"));
     }
     ExitCode::FAILURE
 }

@@ -6,10 +6,13 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::SinkExt;
+use tokio::io::AsyncWrite;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::io::{CopyToBytes, SinkWriter, StreamReader};
@@ -27,9 +30,20 @@ pub(crate) type FromHost = StreamReader<ReceiverStream<io::Result<Bytes>>, Bytes
 /// What the host reads.
 pub(crate) type ToHost = std::pin::Pin<Box<dyn tokio::io::AsyncWrite + Send>>;
 
+/// How long the port's name may take to come: it is announced after the port itself.
+const NAMED_WITHIN: Duration = Duration::from_secs(5);
+const BEAT: Duration = Duration::from_millis(5);
+
 /// Opens the port and starts its two threads.
 pub(crate) fn open() -> io::Result<(FromHost, ToHost)> {
-    let path = find()?;
+    let began = Instant::now();
+    let path = loop {
+        match find() {
+            // There is nothing to wait on before there is a port.
+            Err(_) if began.elapsed() < NAMED_WITHIN => std::thread::sleep(BEAT),
+            found => break found?,
+        }
+    };
     let reader = File::options().read(true).write(true).open(&path)?;
     let writer = reader.try_clone()?;
     let (received, incoming) = mpsc::channel(QUEUE);
@@ -37,7 +51,25 @@ pub(crate) fn open() -> io::Result<(FromHost, ToHost)> {
     std::thread::Builder::new().stack_size(64 << 10).spawn(move || read_all(reader, &received)).map(drop)?;
     std::thread::Builder::new().stack_size(64 << 10).spawn(move || write_all(writer, to_send)).map(drop)?;
     let sink = PollSender::new(outgoing).sink_map_err(|_closed| io::Error::from(io::ErrorKind::BrokenPipe));
-    Ok((StreamReader::new(ReceiverStream::new(incoming)), Box::pin(SinkWriter::new(CopyToBytes::new(sink)))))
+    let to_host = KeptOpen(SinkWriter::new(CopyToBytes::new(sink)));
+    Ok((StreamReader::new(ReceiverStream::new(incoming)), Box::pin(to_host)))
+}
+
+/// A writer that outlives the conversations on it: the end of one does not close the port.
+struct KeptOpen<W>(W);
+
+impl<W: AsyncWrite + Unpin> AsyncWrite for KeptOpen<W> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
+    }
 }
 
 fn find() -> io::Result<PathBuf> {
@@ -55,8 +87,7 @@ fn read_all(mut port: File, received: &mpsc::Sender<io::Result<Bytes>>) {
     let mut buffer = vec![0; CHUNK];
     loop {
         match port.read(&mut buffer) {
-            // No host is connected. The port has no event for its coming that can be relied on, so this is
-            // the one place that looks again after a while.
+            // No host is connected. The port has no event for its coming that can be relied on.
             Ok(0) => std::thread::sleep(Duration::from_millis(20)),
             Ok(length) => {
                 if received.blocking_send(Ok(Bytes::copy_from_slice(&buffer[..length]))).is_err() {
@@ -77,5 +108,25 @@ fn write_all(mut port: File, mut to_send: mpsc::Receiver<Bytes>) {
         if port.write_all(&bytes).is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_end_of_a_conversation_does_not_close_the_port() {
+        let (outgoing, mut to_send) = mpsc::channel::<Bytes>(4);
+        let sink = PollSender::new(outgoing).sink_map_err(|_closed| io::Error::from(io::ErrorKind::BrokenPipe));
+        let mut to_host = KeptOpen(SinkWriter::new(CopyToBytes::new(sink)));
+        to_host.write_all(b"first").await.expect("written");
+        to_host.shutdown().await.expect("flushed");
+        to_host.write_all(b"second").await.expect("written all the same");
+        to_host.flush().await.expect("flushed");
+        assert_eq!(to_send.recv().await.as_deref(), Some(&b"first"[..]));
+        assert_eq!(to_send.recv().await.as_deref(), Some(&b"second"[..]));
     }
 }

@@ -38,6 +38,11 @@ impl Reaper {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(pid, sender);
         receiver
     }
+
+    /// Whether a child is watched and has not been reaped.
+    pub(crate) fn watches(&self, pid: Pid) -> bool {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&pid)
+    }
 }
 
 fn reap_all(waiting: &Waiting) {

@@ -13,8 +13,9 @@ use pyro_proto::agent_server::{Agent, AgentServer};
 use pyro_proto::resync::{self, Step};
 use pyro_proto::{
     ExecEvent, ExecInput, GENERATION, HelloReply, HelloRequest, IdentifyReply, IdentifyRequest,
-    PowerOffReply, PowerOffRequest, exec_input, limits,
+    PowerOffReply, PowerOffRequest, SignalReply, SignalRequest, exec_input, limits,
 };
+use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -24,17 +25,29 @@ use crate::port::{FromHost, ToHost};
 use crate::reaper::Reaper;
 use crate::{exec, identity, port, power};
 
-/// Serves until the guest ends.
+/// Serves until the guest ends. Whatever else ends it, the disk is written out first.
 pub(crate) async fn serve(guest: Guest) -> io::Result<()> {
+    let guest = Arc::new(guest);
+    let served = converse(Arc::clone(&guest)).await;
+    if let Err(error) = &served {
+        crate::say(&format!("phase=serve failed: {error}"));
+    }
+    power::off(&guest.cgroup);
+    served
+}
+
+async fn converse(guest: Arc<Guest>) -> io::Result<()> {
     let (mut from_host, mut to_host) = port::open()?;
-    let service = Service {
-        guest: Arc::new(guest),
-        reaper: Reaper::start()?,
-        identified: Arc::new(AtomicBool::new(false)),
-    };
+    let reaper = Reaper::start()?;
     loop {
         meet(&mut from_host, &mut to_host).await?;
-        let agent = AgentServer::new(service.clone())
+        // Whoever comes next gives the guest its identity anew: it may be the first after a restore.
+        let service = Service {
+            guest: Arc::clone(&guest),
+            reaper: reaper.clone(),
+            identified: Arc::new(AtomicBool::new(false)),
+        };
+        let agent = AgentServer::new(service)
             .max_decoding_message_size(limits::MESSAGE)
             .max_encoding_message_size(limits::MESSAGE);
         // A connection ends when the host is gone or speaks nonsense; the next one begins with a resync.
@@ -126,6 +139,20 @@ impl Agent for Service {
         let command = exec::Command::check(start).map_err(Status::invalid_argument)?;
         let events = exec::run(Arc::clone(&self.guest), self.reaper.clone(), command, inputs);
         Ok(Response::new(ReceiverStream::new(events)))
+    }
+
+    async fn signal(&self, request: Request<SignalRequest>) -> Result<Response<SignalReply>, Status> {
+        let SignalRequest { pid, signal } = request.into_inner();
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let signal = i32::try_from(signal).ok().and_then(Signal::from_named_raw);
+        let (Some(pid), Some(signal)) = (pid, signal) else {
+            return Err(Status::invalid_argument("no such process or signal"));
+        };
+        // Only a command that has not been reaped: its number names nothing else.
+        if self.reaper.watches(pid) {
+            _ = kill_process_group(pid, signal);
+        }
+        Ok(Response::new(SignalReply {}))
     }
 
     async fn power_off(&self, _: Request<PowerOffRequest>) -> Result<Response<PowerOffReply>, Status> {

@@ -8,8 +8,9 @@ use pyro_engine::Isolation;
 #[command(
     name = "pyro",
     version,
-    after_help = "Exit codes: the command's own for run (128+n for signal n, 124 when its time was up); \
-                  125 when pyro failed in run; 1 when another command failed; 2 for wrong usage."
+    after_help = "Exit codes: the command's own for run, task exec and task attach (128+n for signal n, 124 when its \
+                  time was up); 125 when pyro failed in one of these; 1 when another command failed; 2 for wrong \
+                  usage; 129, 130 and 143 at SIGHUP, Ctrl-C and SIGTERM; 141 when nobody reads the output any more."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -20,6 +21,9 @@ pub(crate) struct Cli {
 pub(crate) enum Verb {
     /// Run one command in a fresh microVM and remove every trace of it
     Run(RunArgs),
+    /// Keep a microVM, run commands in it, read its journal
+    #[command(subcommand)]
+    Task(TaskVerb),
     /// List, build, inspect and remove environments
     #[command(subcommand)]
     Env(EnvVerb),
@@ -34,9 +38,117 @@ pub(crate) enum Verb {
         /// Which shell
         shell: clap_complete::Shell,
     },
-    /// Print the manual page
+    /// Print a manual page: of pyro, or of one of its commands
     #[command(hide = true)]
-    Man,
+    Man {
+        /// Which command, such as `task exec`
+        command: Vec<String>,
+    },
+    /// Serve one task; started by pyro itself
+    #[command(hide = true)]
+    Supervise {
+        /// Which task
+        task_id: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TaskVerb {
+    /// Make a task: a microVM that lives on after this command
+    Create(CreateArgs),
+    /// Run one command in a task
+    Exec(ExecArgs),
+    /// Wait for a command of a task, with its output from the beginning
+    Attach(AttachArgs),
+    /// End a command of a task
+    Cancel(CommandArgs),
+    /// Show a task
+    Status(TaskArgs),
+    /// Show the commands of a task with their output
+    Logs(LogsArgs),
+    /// List all tasks, newest activity first
+    List(Output),
+    /// Boot the guest of a stopped task from its disk
+    Start(TaskArgs),
+    /// Power the guest of a task off; its disk and its journal are kept
+    Stop(TaskArgs),
+    /// End a task and remove every trace of it
+    Delete(TaskArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TaskArgs {
+    /// The task's id
+    pub(crate) task_id: String,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CommandArgs {
+    /// The task's id
+    pub(crate) task_id: String,
+    /// The command's sequence number
+    pub(crate) sequence: u64,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    #[command(flatten)]
+    pub(crate) command: CommandArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateArgs {
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+    /// Print the id and nothing else
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) id_only: bool,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExecArgs {
+    /// The task's id
+    pub(crate) task_id: String,
+    /// Time of the command in seconds
+    #[arg(long, default_value_t = 30.0, allow_negative_numbers = true)]
+    pub(crate) timeout_seconds: f64,
+    /// Start the command and do not wait for it
+    #[arg(long)]
+    pub(crate) detach: bool,
+    #[command(flatten)]
+    pub(crate) output: Output,
+    /// The command; one word with white space is run by /bin/sh -lc
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub(crate) command: Vec<std::ffi::OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// The task's id
+    pub(crate) task_id: String,
+    /// Only the command with this number
+    #[arg(long, value_name = "N", conflicts_with_all = ["since", "limit"])]
+    pub(crate) sequence: Option<u64>,
+    /// Only commands with this number or a greater one
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) since: u64,
+    /// Only the newest so many
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<usize>,
+    /// Output of all together at the most, in bytes
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) max_bytes: Option<u64>,
+    /// Go on with what comes
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) follow: bool,
+    #[command(flatten)]
+    pub(crate) output: Output,
 }
 
 #[derive(Debug, Subcommand)]
@@ -67,21 +179,21 @@ pub(crate) struct EnvArgs {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct RunArgs {
+pub(crate) struct MachineArgs {
     /// Name of the environment, such as debian:12
     pub(crate) environment: String,
     /// Virtual processors, 1 to 8
-    #[arg(long, default_value_t = 1)]
-    pub(crate) vcpu_count: u8,
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
+    pub(crate) vcpu_count: i64,
     /// Memory in MiB, 256 to 32768
-    #[arg(long, default_value_t = 1024)]
-    pub(crate) mem_mib: u32,
+    #[arg(long, default_value_t = 1024, allow_negative_numbers = true)]
+    pub(crate) mem_mib: i64,
+    /// Size of the writable disk in MiB, 256 to 1048576; only what is written takes room
+    #[arg(long, default_value_t = 8192, allow_negative_numbers = true)]
+    pub(crate) disk_mib: i64,
     /// Life of the machine in seconds, 60 to 3600
-    #[arg(long, default_value_t = 600)]
-    pub(crate) ttl_seconds: u32,
-    /// Time of the command in seconds
-    #[arg(long, default_value_t = 30.0)]
-    pub(crate) timeout_seconds: f64,
+    #[arg(long, default_value_t = 600, allow_negative_numbers = true)]
+    pub(crate) ttl_seconds: i64,
     /// Give the guest a network
     #[arg(long)]
     pub(crate) network: bool,
@@ -94,6 +206,15 @@ pub(crate) struct RunArgs {
     /// Use this VMM instead of the best that works
     #[arg(long, value_name = "NAME", env = "PYRO_BACKEND")]
     pub(crate) backend: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+    /// Time of the command in seconds
+    #[arg(long, default_value_t = 30.0, allow_negative_numbers = true)]
+    pub(crate) timeout_seconds: f64,
     #[command(flatten)]
     pub(crate) output: Output,
     /// The command; one word with white space is run by /bin/sh -lc
@@ -122,13 +243,34 @@ impl Verb {
     pub(crate) fn json(&self) -> bool {
         match self {
             Self::Run(args) => args.output.json,
+            Self::Task(verb) => match verb {
+                TaskVerb::Create(args) => args.output.json,
+                TaskVerb::Exec(args) => args.output.json,
+                TaskVerb::Logs(args) => args.output.json,
+                TaskVerb::List(output) => output.json,
+                TaskVerb::Cancel(args) | TaskVerb::Attach(AttachArgs { command: args }) => args.output.json,
+                TaskVerb::Status(args)
+                | TaskVerb::Start(args)
+                | TaskVerb::Stop(args)
+                | TaskVerb::Delete(args) => args.output.json,
+            },
             Self::Env(EnvVerb::List(output) | EnvVerb::Prune(output))
             | Self::Doctor(output)
             | Self::Demo(output)
             | Self::Reap(output) => output.json,
             Self::Env(EnvVerb::Pull(args) | EnvVerb::Inspect(args)) => args.output.json,
-            Self::Completion { .. } | Self::Man => false,
+            Self::Completion { .. } | Self::Man { .. } | Self::Supervise { .. } => false,
         }
+    }
+
+    /// Whether the exit code is that of a command in a guest, so that pyro's own failures need another.
+    pub(crate) fn runs_a_command(&self) -> bool {
+        matches!(self, Self::Run(_) | Self::Task(TaskVerb::Exec(_) | TaskVerb::Attach(_)))
+    }
+
+    /// Whether it has to be told of a signal, because what it has begun does not end with it.
+    pub(crate) fn ends_by_itself(&self) -> bool {
+        matches!(self, Self::Task(TaskVerb::Exec(_)))
     }
 }
 
@@ -151,7 +293,7 @@ mod tests {
             let Verb::Run(args) = Cli::try_parse_from(line.split(' ')).expect("parsed").verb else {
                 panic!("not run")
             };
-            assert_eq!((args.mem_mib, args.command.len()), (512, 3));
+            assert_eq!((args.machine.mem_mib, args.command.len()), (512, 3));
         }
     }
 }

@@ -35,6 +35,7 @@ pub(crate) fn engine(backend: Option<String>) -> Result<EngineConfig, Failure> {
         backend,
         max_active_vms: number("PYRO_MAX_ACTIVE_VMS", 4)?,
         max_ttl_seconds: number("PYRO_MAX_TTL_SECONDS", 3600)?,
+        supervisor: std::env::current_exe().ok(),
     })
 }
 

@@ -5,49 +5,127 @@ mod commands;
 mod config;
 mod failure;
 mod printer;
+mod streams;
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 
 use crate::cli::{Cli, Verb};
 use crate::failure::Failure;
 use crate::printer::Printer;
 
-/// How long the runtime may take to end the machines that a signal cut short.
-const WIND_UP: Duration = Duration::from_millis(500);
+/// How long what a signal has cut short may take to clean up: a build that is cancelled removes what it has written.
+const WIND_UP: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Verb::Supervise { .. } = cli.verb {
+        return supervise();
+    }
     let printer = Printer::new(cli.verb.json());
+    let failed = if cli.verb.runs_a_command() { 125 } else { 1 };
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return printer.failure(&Failure::host("no threads", &error), 125),
+        Err(error) => return printer.failure(&Failure::host("no threads", &error), failed),
     };
-    let failed = if matches!(cli.verb, Verb::Run(_)) { 125 } else { 1 };
-    let code = runtime.block_on(async {
-        tokio::select! {
-            code = commands::dispatch(cli.verb, &printer) => code.unwrap_or_else(|error| printer.failure(&error, failed)),
-            code = interrupted() => ExitCode::from(code),
-        }
-    });
-    // A thread that still reads stdin must not hold the exit up.
+    let code = runtime.block_on(until_done_or_told(cli.verb, printer.clone(), failed));
     runtime.shutdown_timeout(WIND_UP);
     code
 }
 
-/// Resolves at Ctrl-C or SIGTERM, to the exit code for it. Dropping the command's future then ends its machine.
-async fn interrupted() -> u8 {
-    use tokio::signal::unix::{SignalKind, signal};
-
-    let (Ok(mut interrupt), Ok(mut terminate)) =
-        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
-        return std::future::pending().await;
+/// Runs the command in a task of its own, so that a signal is heard whatever the command does.
+async fn until_done_or_told(verb: Verb, printer: Printer, failed: u8) -> ExitCode {
+    let mut signals = match Signals::register() {
+        Ok(signals) => signals,
+        Err(error) => return printer.failure(&Failure::host("signals", &error), failed),
     };
+    let (interrupt, interrupted) = watch::channel(None);
+    let ends_by_itself = verb.ends_by_itself();
+    let mut command = tokio::spawn({
+        let printer = printer.clone();
+        async move { commands::dispatch(verb, &printer, interrupted).await }
+    });
+    let code = tokio::select! {
+        ended = &mut command => return outcome(ended, &printer, failed),
+        code = signals.next() => code,
+    };
+    printer.settle();
+    if ends_by_itself {
+        // It has something to tell elsewhere first.
+        interrupt.send_replace(Some(code));
+    } else {
+        // Dropping the command's future ends its machine.
+        command.abort();
+    }
     tokio::select! {
-        _ = interrupt.recv() => 130,
-        _ = terminate.recv() => 143,
+        // Whatever it says of its own end, it was told to end.
+        _ = &mut command => {}
+        // A second signal does not wait: the VMM dies with this process, and the next command removes its files.
+        _ = signals.next() => {}
+        () = tokio::time::sleep(WIND_UP) => {}
+    }
+    ExitCode::from(code)
+}
+
+fn outcome(
+    ended: Result<Result<ExitCode, Failure>, tokio::task::JoinError>,
+    printer: &Printer,
+    failed: u8,
+) -> ExitCode {
+    let lost = printer.lost();
+    match (ended, lost) {
+        (Ok(Ok(_)), Some(lost)) => {
+            printer.warn(&format!("error: {}", lost.error));
+            ExitCode::from(failed)
+        }
+        (Ok(Ok(code)), None) => code,
+        (Ok(Err(failure)), _) => printer.failure(&failure, failed),
+        (Err(panic), _) => printer.failure(&Failure::host("pyro has a defect", &panic), failed),
+    }
+}
+
+/// The signals that end a command, each with the exit code for it.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn register() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self) -> u8 {
+        tokio::select! {
+            _ = self.interrupt.recv() => 130,
+            _ = self.terminate.recv() => 143,
+            _ = self.hangup.recv() => commands::HANGUP,
+        }
+    }
+}
+
+/// The supervisor of a task is small: one thread, and a few more for what waits on a disk.
+fn supervise() -> ExitCode {
+    const DISK_THREADS: usize = 8;
+    const IDLE: Duration = Duration::from_secs(1);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(DISK_THREADS)
+        .thread_keep_alive(IDLE)
+        .thread_stack_size(512 << 10)
+        .build();
+    let served = runtime.and_then(|runtime| runtime.block_on(pyro_engine::supervise()));
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => Printer::new(false).failure(&Failure::host("the supervisor", &error), 1),
     }
 }

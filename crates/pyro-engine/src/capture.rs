@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 /// How much of one stream a result carries, in bytes.
-const LIMIT: usize = 1 << 20;
+pub(crate) const LIMIT: usize = 1 << 20;
 const HALF: usize = LIMIT / 2;
 
 /// Takes a stream of any length, keeps its first and its last half MiB.
@@ -38,15 +38,18 @@ impl Capture {
     pub(crate) fn text(&self) -> String {
         let (front, back) = self.tail.as_slices();
         let missing = self.total - (self.head.len() + self.tail.len()) as u64;
-        let head = String::from_utf8_lossy(&self.head);
-        let tail = [front, back].concat();
-        let tail = String::from_utf8_lossy(&tail);
         if missing == 0 {
             let whole = [&self.head[..], front, back].concat();
             return String::from_utf8_lossy(&whole).into_owned();
         }
-        format!("{head}\n[… {missing} bytes cut …]\n{tail}")
+        joined(&self.head, missing, &[front, back].concat())
     }
+}
+
+/// Head and tail as one text, with a line between them that says how much is missing.
+pub(crate) fn joined(head: &[u8], missing: u64, tail: &[u8]) -> String {
+    let (head, tail) = (String::from_utf8_lossy(head), String::from_utf8_lossy(tail));
+    format!("{head}\n[… {missing} bytes cut …]\n{tail}")
 }
 
 #[cfg(test)]

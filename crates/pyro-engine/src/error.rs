@@ -1,6 +1,8 @@
 //! One error type for all fronts: a kind, a sentence, and where one exists a remedy.
 
 use std::fmt;
+use std::io;
+use std::path::Path;
 
 /// What went wrong, as a closed list that the fronts map exhaustively.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -27,6 +29,10 @@ pub enum ErrorKind {
     OutcomeUnknown,
     /// The guest refused the command before it ran.
     CommandRefused,
+    /// The host lacks memory or disk for another machine.
+    HostResources,
+    /// A record on disk cannot be read.
+    Damaged,
     /// The caller gave up.
     Cancelled,
     /// The host's file system or kernel refused something.
@@ -34,6 +40,25 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    /// All of them.
+    pub const ALL: [Self; 15] = [
+        Self::InvalidValue,
+        Self::UnknownEnvironment,
+        Self::NotFound,
+        Self::Expired,
+        Self::CapReached,
+        Self::WrongState,
+        Self::IsolationUnavailable,
+        Self::GuestUnavailable,
+        Self::Environment,
+        Self::OutcomeUnknown,
+        Self::CommandRefused,
+        Self::HostResources,
+        Self::Damaged,
+        Self::Cancelled,
+        Self::Host,
+    ];
+
     /// The stable name that every surface shows.
     pub fn code(self) -> &'static str {
         match self {
@@ -48,6 +73,8 @@ impl ErrorKind {
             Self::Environment => "environment_failed",
             Self::OutcomeUnknown => "outcome_unknown",
             Self::CommandRefused => "command_refused",
+            Self::HostResources => "host_resources",
+            Self::Damaged => "damaged",
             Self::Cancelled => "cancelled",
             Self::Host => "host_failed",
         }
@@ -75,6 +102,24 @@ impl Error {
 
     pub(crate) fn host(what: &str, error: &dyn fmt::Display) -> Self {
         Self::new(ErrorKind::Host, format!("{what}: {error}"))
+    }
+
+    /// Something in the state directory could not be read or written.
+    pub(crate) fn state(path: &Path, error: &io::Error) -> Self {
+        let words = error.to_string();
+        let place = path.display().to_string();
+        let text = if words.contains(&place) { words } else { format!("'{place}': {words}") };
+        let hint = match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "free some disk space",
+            _ => "check its owner and mode, or set PYRO_STATE_DIR to another directory",
+        };
+        Self::new(ErrorKind::Host, format!("the state directory: {text}")).hint(hint)
+    }
+
+    /// An error that another process has told.
+    pub(crate) fn told(code: &str, message: String, hint: Option<String>) -> Self {
+        let kind = ErrorKind::ALL.into_iter().find(|kind| kind.code() == code).unwrap_or(ErrorKind::Host);
+        Self { kind, code: kind.code(), message, hint }
     }
 
     /// What went wrong.
@@ -114,12 +159,13 @@ impl From<pyro_image::ImageError> for Error {
 
 impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
-        Self::host("the registry", &error)
+        let text = format!("the registry: {error}");
+        Self::new(ErrorKind::Host, text).hint("free some disk space, check the state directory's owner and mode, or set PYRO_STATE_DIR")
     }
 }
 
 /// An error and its causes in one line, causes that are already named left out.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

@@ -1,173 +1,248 @@
-//! One command from its sending to its result: its output kept and passed on, its end judged.
+//! One command from its sending to its end: its output taken as it comes, its end judged.
 
 use std::time::{Duration, Instant};
 
+use pyro_vmm::Machine;
+use rustix::process::Signal;
+use tokio::sync::watch;
+
 use crate::capture::Capture;
-use crate::engine::Observer;
 use crate::error::{Error, ErrorKind};
-use crate::guest::{Chunk, Event, Stream};
-use crate::live::Running;
-use crate::record::{ExecResult, Fault, Timings, VmRecord};
-use crate::registry::now;
+use crate::guest::{Chunk, Event, Exec, Stream};
+use crate::host::HostExec;
+use crate::live::{Running, command_unavailable};
+use crate::observe::Observer;
+use crate::record::{ExecResult, Fault, Timings};
 use crate::spec::ExecSpec;
 
 /// How much longer than a command's own time the host waits for the guest to tell its end.
 const GUEST_MARGIN: Duration = Duration::from_secs(10);
+/// How long a cancelled command may take to end after TERM.
+const CANCEL_GRACE: Duration = Duration::from_secs(2);
+/// How long the end of a VMM is waited for whose guest has stopped answering.
+const EXIT_GRACE: Duration = Duration::from_secs(2);
 
-/// Runs a command to its end, to its time limit, to the end of the machine's life, or to the guest's end.
-pub(crate) async fn execute(
-    running: &Running,
-    record: &VmRecord,
-    mut spec: ExecSpec,
-    observer: &Observer,
-) -> Result<ExecResult, Error> {
-    let began = Instant::now();
-    let asked = spec.timeout_seconds;
-    let left = (record.expires_at - now()).max(0.001);
-    spec.timeout_seconds = asked.min(left);
-    let deadline = began + Duration::from_secs_f64(spec.timeout_seconds.min(1e9)) + GUEST_MARGIN;
-    let command = spec.command.display();
-    let mut output = Output::default();
-    let mut exec = running.guest.exec(spec).await.map_err(|status| unknown(&status))?;
-    let end = loop {
-        let event = tokio::select! {
-            event = exec.next() => event,
-            () = tokio::time::sleep_until(deadline.into()) => break End::Lost,
-        };
-        match event {
-            Ok(Event::Output(chunk)) => output.take(chunk, observer).await?,
-            Ok(Event::Exited(exited)) => break End::Exited(exited),
-            Ok(Event::Refused(refused)) => break End::Refused(refused),
-            Err(status) => {
-                // A guest that has ended took the command with it; a broken channel to a living one says nothing.
-                let ended = tokio::time::timeout(Duration::from_secs(2), running.machine.wait()).await;
-                if ended.is_err() {
-                    return Err(unknown(&status));
-                }
-                break End::Lost;
-            }
-        }
-    };
-    let outcome = end.outcome(asked > left, asked);
-    Ok(output.result(record, command, outcome, began.elapsed(), observer).await)
+/// A command that was sent.
+pub(crate) enum Process {
+    Guest(Exec),
+    Host(HostExec),
 }
 
-/// What a command writes: kept in part, passed on whole.
-#[derive(Default)]
-pub(crate) struct Output {
-    stdout: Capture,
-    stderr: Capture,
+/// Where output goes, piece by piece.
+pub(crate) trait Sink: Send {
+    /// Takes a piece; an error ends the command.
+    fn take(&mut self, chunk: Chunk) -> impl Future<Output = Result<(), Error>> + Send;
 }
 
-impl Output {
-    pub(crate) async fn take(&mut self, chunk: Chunk, observer: &Observer) -> Result<(), Error> {
-        match chunk.stream {
-            Stream::Stdout => self.stdout.push(&chunk.bytes),
-            Stream::Stderr => self.stderr.push(&chunk.bytes),
-        }
-        let Some(output) = &observer.output else { return Ok(()) };
-        let gone = |_closed| Error::new(ErrorKind::Cancelled, "the reader of the output went away");
-        output.send(chunk).await.map_err(gone)
+/// How long a command may run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limit {
+    /// What was asked for, in seconds.
+    pub(crate) asked: f64,
+    /// What is left of the machine's life, in seconds.
+    pub(crate) left: f64,
+}
+
+impl Limit {
+    pub(crate) fn seconds(self) -> f64 {
+        self.asked.min(self.left.max(0.001))
     }
 
-    pub(crate) async fn result(
-        mut self,
-        record: &VmRecord,
-        command: String,
-        outcome: Outcome,
-        duration: Duration,
-        observer: &Observer,
-    ) -> ExecResult {
-        if let Some(words) = &outcome.words {
-            let chunk = Chunk { stream: Stream::Stderr, bytes: words.as_bytes().to_vec() };
-            // The command has ended; a reader that went away misses only these words.
-            self.take(chunk, observer).await.ok();
-        }
-        let duration_ms = millis(duration);
-        let on_host = record.execution_mode == "host_compat";
-        ExecResult {
-            vm_id: record.vm_id.clone(),
-            environment: record.environment.clone(),
-            environment_version: record.environment_version.clone(),
-            command,
-            stdout: self.stdout.text(),
-            stderr: self.stderr.text(),
-            exit_code: outcome.exit_code,
-            duration_ms,
-            execution_mode: if on_host { "host_compat" } else { "guest_serial" }.to_owned(),
-            timed_out: outcome.fault == Some(Fault::Timeout),
-            stdout_bytes: self.stdout.total(),
-            stderr_bytes: self.stderr.total(),
-            stdout_truncated: self.stdout.truncated(),
-            stderr_truncated: self.stderr.truncated(),
-            isolation: record.isolation.clone(),
-            start_mode: "cold".to_owned(),
-            fault: outcome.fault,
-            timings: Timings { execute: duration_ms, ..Timings::default() },
-            cleanup: None,
-        }
+    fn duration(self) -> Duration {
+        Duration::from_secs_f64(self.seconds().min(1e9))
+    }
+
+    fn life_is_shorter(self) -> bool {
+        self.asked > self.left
     }
 }
 
-enum End {
-    Exited(pyro_proto::ExecExited),
-    Refused(pyro_proto::ExecRefused),
-    Lost,
+/// Tells when a command shall end before its time, and why.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Cancel(Option<watch::Receiver<Option<Fault>>>);
+
+impl Cancel {
+    pub(crate) fn new(receiver: watch::Receiver<Option<Fault>>) -> Self {
+        Self(Some(receiver))
+    }
+
+    /// Resolves when the command shall end; never where nobody can ask for that.
+    pub(crate) async fn asked(&mut self) -> Fault {
+        if let Some(receiver) = &mut self.0
+            && let Ok(asked) = receiver.wait_for(Option::is_some).await
+            && let Some(fault) = *asked
+        {
+            return fault;
+        }
+        std::future::pending().await
+    }
 }
 
 /// An exit code as a shell would give it, what is to blame, and words for the end of stderr.
+#[derive(Clone, Debug)]
 pub(crate) struct Outcome {
     pub(crate) exit_code: i32,
     pub(crate) fault: Option<Fault>,
     pub(crate) words: Option<String>,
 }
 
-impl End {
-    fn outcome(self, life_was_shorter: bool, timeout_seconds: f64) -> Outcome {
-        use pyro_proto::exec_exited::Status;
-        use pyro_proto::exec_refused::Reason;
-
-        match self {
-            Self::Exited(exited) if exited.timed_out && life_was_shorter => Outcome {
-                exit_code: 124,
-                fault: Some(Fault::TtlExpired),
-                words: Some("command ended: the machine's time is up\n".to_owned()),
-            },
-            Self::Exited(exited) if exited.timed_out => Outcome {
-                exit_code: 124,
-                fault: Some(Fault::Timeout),
-                words: Some(format!("command timed out after {timeout_seconds}s\n")),
-            },
-            Self::Exited(exited) => {
-                let exit_code = match exited.status {
-                    Some(Status::Code(code)) => i32::try_from(code & 0xff).unwrap_or(255),
-                    Some(Status::Signal(signal)) => 128 + i32::try_from(signal & 0x7f).unwrap_or(0),
-                    None => 255,
-                };
-                let fault = match () {
-                    () if exit_code == 0 => None,
-                    () if exited.oom_kills > 0 => Some(Fault::OutOfMemory),
-                    () if exited.disk_full => Some(Fault::DiskFull),
-                    () => None,
-                };
-                Outcome { exit_code, fault, words: None }
+impl Process {
+    /// Sends a command to the guest, once.
+    pub(crate) async fn send(running: &Running, mut spec: ExecSpec, limit: Limit) -> Result<Self, Error> {
+        spec.timeout_seconds = limit.seconds();
+        let sent = tokio::time::timeout(limit.duration() + GUEST_MARGIN, running.guest.exec(spec)).await;
+        match sent {
+            Ok(Ok(exec)) => Ok(Self::Guest(exec)),
+            Ok(Err(status)) if was_refused(&status) => {
+                let text = format!("the guest refused the command: {}", safe(status.message()));
+                Err(Error::new(ErrorKind::CommandRefused, text))
             }
-            Self::Refused(refused) => {
-                let exit_code = match refused.reason() {
-                    Reason::NotFound => 127,
-                    Reason::NotExecutable | Reason::NoSuchDirectory | Reason::NoResources | Reason::Other => {
-                        126
-                    }
-                };
-                Outcome { exit_code, fault: None, words: Some(format!("{}\n", safe(&refused.message))) }
+            Ok(Err(status)) => {
+                let ended = tokio::time::timeout(EXIT_GRACE, running.machine.wait()).await;
+                Err(ended.map_or_else(|_| unknown(&status), |exit| command_unavailable(&exit.status)))
             }
-            Self::Lost => Outcome {
-                exit_code: 137,
-                fault: Some(Fault::GuestLost),
-                words: Some("command ended: the guest is gone\n".to_owned()),
-            },
+            Err(_elapsed) => Err(unknown(&tonic::Status::deadline_exceeded("no answer in time"))),
         }
     }
+
+    async fn next(&mut self) -> Result<Event, tonic::Status> {
+        match self {
+            Self::Guest(exec) => exec.next().await,
+            Self::Host(exec) => Ok(exec.next().await),
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        match self {
+            Self::Guest(exec) => exec.signal(signal),
+            Self::Host(exec) => exec.signal(signal),
+        }
+    }
+}
+
+/// Takes a command's output until its end, its time limit, its cancellation, or the guest's end.
+///
+/// # Errors
+/// When the sink refuses, or the connection to a guest that lives broke; the command is ended then.
+pub(crate) async fn conduct(
+    process: &mut Process,
+    machine: Option<&Machine>,
+    limit: Limit,
+    sink: &mut impl Sink,
+    mut cancel: Cancel,
+) -> Result<Outcome, Error> {
+    let mut deadline = Instant::now() + limit.duration() + GUEST_MARGIN;
+    let mut cancelled: Option<Fault> = None;
+    loop {
+        let event = tokio::select! {
+            // What has come is taken before anybody looks at a clock.
+            biased;
+            event = process.next() => event,
+            fault = cancel.asked(), if cancelled.is_none() => {
+                cancelled = Some(fault);
+                deadline = Instant::now() + CANCEL_GRACE;
+                process.signal(Signal::TERM);
+                continue;
+            }
+            () = tokio::time::sleep_until(deadline.into()) => {
+                return Ok(cancelled.map_or_else(|| timed_out(limit), |fault| ended(fault, 137)));
+            }
+        };
+        match event {
+            Ok(Event::Output(chunk)) => {
+                let before = Instant::now();
+                let taken = tokio::select! {
+                    taken = sink.take(chunk) => taken,
+                    // The reader holds up; the end of the machine's life is not held up with it.
+                    () = tokio::time::sleep(Duration::from_secs_f64(limit.left.clamp(0.0, 1e9)) + GUEST_MARGIN) => {
+                        return Ok(ended(Fault::TtlExpired, 124));
+                    }
+                };
+                taken?;
+                // The time that the reader took is not the guest's to answer for.
+                deadline += before.elapsed();
+            }
+            Ok(Event::Exited(exited)) => {
+                return Ok(match cancelled {
+                    Some(fault) => ended(fault, exit_code(&exited)),
+                    None => exited_outcome(&exited, limit),
+                });
+            }
+            Ok(Event::Refused(refused)) => return Ok(refused_outcome(&refused)),
+            Err(status) => {
+                // A guest that has ended took the command with it; a broken channel to a living one says nothing.
+                let Some(machine) = machine else { return Err(unknown(&status)) };
+                if tokio::time::timeout(EXIT_GRACE, machine.wait()).await.is_err() {
+                    return Err(unknown(&status));
+                }
+                return Ok(ended(cancelled.unwrap_or(Fault::GuestLost), 137));
+            }
+        }
+    }
+}
+
+fn exited_outcome(exited: &pyro_proto::ExecExited, limit: Limit) -> Outcome {
+    if exited.timed_out {
+        return timed_out(limit);
+    }
+    let exit_code = exit_code(exited);
+    let fault = match () {
+        () if exit_code == 0 => None,
+        () if exited.oom_kills > 0 => Some(Fault::OutOfMemory),
+        () if exited.disk_full => Some(Fault::DiskFull),
+        () => None,
+    };
+    Outcome { exit_code, fault, words: None }
+}
+
+fn exit_code(exited: &pyro_proto::ExecExited) -> i32 {
+    use pyro_proto::exec_exited::Status;
+
+    match exited.status {
+        Some(Status::Code(code)) => i32::try_from(code & 0xff).unwrap_or(255),
+        Some(Status::Signal(signal)) => 128 + i32::try_from(signal & 0x7f).unwrap_or(0),
+        None => 255,
+    }
+}
+
+fn timed_out(limit: Limit) -> Outcome {
+    if limit.life_is_shorter() {
+        return ended(Fault::TtlExpired, 124);
+    }
+    let words = Some(format!("command timed out after {}s\n", limit.asked));
+    Outcome { exit_code: 124, fault: Some(Fault::Timeout), words }
+}
+
+fn refused_outcome(refused: &pyro_proto::ExecRefused) -> Outcome {
+    use pyro_proto::exec_refused::Reason;
+
+    let exit_code = match refused.reason() {
+        Reason::NotFound => 127,
+        Reason::NotExecutable | Reason::NoSuchDirectory | Reason::NoResources | Reason::Other => 126,
+    };
+    Outcome { exit_code, fault: None, words: Some(format!("{}\n", safe(&refused.message))) }
+}
+
+/// The end of a command that something else has ended.
+pub(crate) fn ended(fault: Fault, exit_code: i32) -> Outcome {
+    let words = match fault {
+        Fault::TtlExpired => "command ended: the machine's time is up\n",
+        Fault::Cancelled => "command ended: it was cancelled\n",
+        Fault::GuestLost => "command ended: the guest is gone\n",
+        Fault::DiskFull => "command ended: the disk of the host is full\n",
+        Fault::Timeout | Fault::OutOfMemory | Fault::OutputLimit => "command ended\n",
+    };
+    Outcome { exit_code, fault: Some(fault), words: Some(words.to_owned()) }
+}
+
+/// What the agent or the protocol refused before anything ran.
+fn was_refused(status: &tonic::Status) -> bool {
+    use tonic::Code;
+
+    matches!(
+        status.code(),
+        Code::InvalidArgument | Code::FailedPrecondition | Code::OutOfRange | Code::ResourceExhausted
+    )
 }
 
 /// Words of the guest that go into a terminal: short, and without control characters.
@@ -184,4 +259,80 @@ fn unknown(status: &tonic::Status) -> Error {
 /// Milliseconds, to the microsecond.
 pub(crate) fn millis(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// What a command writes: kept in part, passed on whole.
+pub(crate) struct Output<'a> {
+    pub(crate) stdout: Capture,
+    pub(crate) stderr: Capture,
+    observer: &'a Observer,
+}
+
+/// Whose command a result is of, and how it ran.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Subject {
+    pub(crate) vm_id: Option<String>,
+    pub(crate) task_id: Option<String>,
+    pub(crate) environment: String,
+    pub(crate) environment_version: String,
+    pub(crate) execution_mode: String,
+    pub(crate) isolation: String,
+    pub(crate) start_mode: String,
+}
+
+impl<'a> Output<'a> {
+    pub(crate) fn new(observer: &'a Observer) -> Self {
+        Self { stdout: Capture::default(), stderr: Capture::default(), observer }
+    }
+
+    /// The result of a command that has ended.
+    pub(crate) async fn result(
+        mut self,
+        subject: Subject,
+        command: String,
+        outcome: Outcome,
+        duration_ms: f64,
+    ) -> ExecResult {
+        if let Some(words) = &outcome.words {
+            let chunk = Chunk { stream: Stream::Stderr, bytes: words.as_bytes().to_vec() };
+            // The command has ended; a reader that went away misses only these words.
+            self.take(chunk).await.ok();
+        }
+        ExecResult {
+            vm_id: subject.vm_id,
+            task_id: subject.task_id,
+            sequence: None,
+            cwd: None,
+            environment: subject.environment,
+            environment_version: subject.environment_version,
+            command,
+            stdout: self.stdout.text(),
+            stderr: self.stderr.text(),
+            exit_code: outcome.exit_code,
+            duration_ms,
+            execution_mode: subject.execution_mode,
+            timed_out: outcome.fault == Some(Fault::Timeout),
+            stdout_bytes: self.stdout.total(),
+            stderr_bytes: self.stderr.total(),
+            stdout_truncated: self.stdout.truncated(),
+            stderr_truncated: self.stderr.truncated(),
+            isolation: subject.isolation,
+            start_mode: subject.start_mode,
+            fault: outcome.fault,
+            timings: Timings { execute: duration_ms, ..Timings::default() },
+            cleanup: None,
+        }
+    }
+}
+
+impl Sink for Output<'_> {
+    async fn take(&mut self, chunk: Chunk) -> Result<(), Error> {
+        match chunk.stream {
+            Stream::Stdout => self.stdout.push(&chunk.bytes),
+            Stream::Stderr => self.stderr.push(&chunk.bytes),
+        }
+        let Some(output) = &self.observer.output else { return Ok(()) };
+        let gone = |_closed| Error::new(ErrorKind::Cancelled, "the reader of the output went away");
+        output.send(chunk).await.map_err(gone)
+    }
 }

@@ -13,7 +13,7 @@ use pyro_proto::agent_client::AgentClient;
 use pyro_proto::resync::{self, Step};
 use pyro_proto::{
     EnvVar, ExecExited, ExecInput, ExecRefused, ExecStart, GENERATION, HelloRequest, IdentifyRequest,
-    PowerOffRequest, StdinEnd, exec_event, exec_input, limits,
+    PowerOffRequest, SignalRequest, StdinEnd, exec_event, exec_input, limits,
 };
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -22,10 +22,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Status, Streaming};
 
+use crate::error::chain;
 use crate::spec::{Command, ExecSpec};
 
 /// How long the agent waits between TERM and KILL when a command's time is up.
 const KILL_AFTER: Duration = Duration::from_secs(2);
+/// A guest that does not answer these is dead or hostile; a crowded host may make it slow.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Which of the two output streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,10 +55,30 @@ pub(crate) struct Guest {
     client: AgentClient<Channel>,
 }
 
-/// A running command.
+/// A running command. Dropping it ends the command at once.
 pub(crate) struct Exec {
     events: Streaming<pyro_proto::ExecEvent>,
-    feeder: Option<tokio::task::JoinHandle<()>>,
+    client: AgentClient<Channel>,
+    /// The command's process in the guest, once it has started.
+    pid: Option<u32>,
+    _feeder: AbortOnDrop,
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// What makes a guest unlike every other.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    pub(crate) hostname: String,
+    /// 32 hexadecimal digits.
+    pub(crate) machine_id: String,
 }
 
 /// What a command did next.
@@ -66,7 +90,7 @@ pub(crate) enum Event {
 
 impl Guest {
     /// Meets the agent on a fresh stream and gives the guest its identity.
-    pub(crate) async fn meet(stream: UnixStream, hostname: &str) -> io::Result<Self> {
+    pub(crate) async fn meet(stream: UnixStream, identity: &Identity) -> io::Result<Self> {
         let stream = begin(stream).await?;
         let stream = Mutex::new(Some(stream));
         let connector = tower::service_fn(move |_| {
@@ -78,34 +102,34 @@ impl Guest {
             .initial_stream_window_size(limits::STREAM_WINDOW)
             .initial_connection_window_size(limits::CONNECTION_WINDOW)
             .http2_max_header_list_size(limits::HEADERS)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
             .connect_with_connector(connector)
             .await
-            .map_err(io::Error::other)?;
+            .map_err(other)?;
         let mut client = AgentClient::new(channel)
             .max_decoding_message_size(limits::MESSAGE)
             .max_encoding_message_size(limits::MESSAGE);
-        let hello = client.hello(HelloRequest { generation: GENERATION }).await.map_err(io::Error::other)?;
+        let hello = client.hello(HelloRequest { generation: GENERATION }).await.map_err(other)?;
         if !(1..=GENERATION).contains(&hello.get_ref().generation) {
             return Err(io::Error::other("the guest agent speaks another generation of the protocol"));
         }
         let mut guest = Self { client };
-        guest.identify(hostname).await?;
+        guest.identify(identity).await?;
         Ok(guest)
     }
 
-    async fn identify(&mut self, hostname: &str) -> io::Result<()> {
+    async fn identify(&mut self, identity: &Identity) -> io::Result<()> {
         let mut entropy = vec![0; 64];
-        let mut machine_id = [0; 16];
         getrandom::fill(&mut entropy).map_err(io::Error::other)?;
-        getrandom::fill(&mut machine_id).map_err(io::Error::other)?;
         let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let identity = IdentifyRequest {
             entropy: entropy.into(),
             realtime_nanos: u64::try_from(time.as_nanos()).unwrap_or(u64::MAX),
-            hostname: hostname.to_owned(),
-            machine_id: machine_id.iter().map(|byte| format!("{byte:02x}")).collect(),
+            hostname: identity.hostname.clone(),
+            machine_id: identity.machine_id.clone(),
         };
-        self.client.identify(identity).await.map(drop).map_err(io::Error::other)
+        self.client.identify(identity).await.map(drop).map_err(other)
     }
 
     /// Sends a command, once.
@@ -127,15 +151,9 @@ impl Guest {
         let (inputs, receiver) = mpsc::channel(4);
         let start = ExecInput { kind: Some(exec_input::Kind::Start(start)) };
         drop(inputs.send(start).await);
-        let feeder = tokio::spawn(feed(spec.stdin, inputs));
-        let reply = self.client.clone().exec(ReceiverStream::new(receiver)).await;
-        match reply {
-            Ok(reply) => Ok(Exec { events: reply.into_inner(), feeder: Some(feeder) }),
-            Err(status) => {
-                feeder.abort();
-                Err(status)
-            }
-        }
+        let feeder = AbortOnDrop(tokio::spawn(feed(spec.stdin, inputs)));
+        let reply = self.client.clone().exec(ReceiverStream::new(receiver)).await?;
+        Ok(Exec { events: reply.into_inner(), client: self.client.clone(), pid: None, _feeder: feeder })
     }
 
     /// Asks the guest to end its commands, write its disks and power off. It answers by ending.
@@ -145,6 +163,14 @@ impl Guest {
 }
 
 impl Exec {
+    /// Asks for a signal to the command's process group, and does not wait for it.
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        let Some(pid) = self.pid else { return };
+        let request = SignalRequest { pid, signal: u32::try_from(signal.as_raw()).unwrap_or_default() };
+        let mut client = self.client.clone();
+        drop(tokio::spawn(async move { client.signal(request).await }));
+    }
+
     /// The next thing that happens; an error when the connection broke.
     pub(crate) async fn next(&mut self) -> Result<Event, Status> {
         loop {
@@ -156,18 +182,16 @@ impl Exec {
                 Some(exec_event::Kind::Stderr(bytes)) => return chunk(Stream::Stderr, bytes.into()),
                 Some(exec_event::Kind::Exited(exited)) => return Ok(Event::Exited(exited)),
                 Some(exec_event::Kind::Refused(refused)) => return Ok(Event::Refused(refused)),
-                Some(exec_event::Kind::Started(_)) | None => {}
+                Some(exec_event::Kind::Started(started)) => self.pid = Some(started.pid),
+                None => {}
             }
         }
     }
 }
 
-impl Drop for Exec {
-    fn drop(&mut self) {
-        if let Some(feeder) = self.feeder.take() {
-            feeder.abort();
-        }
-    }
+/// An error with its causes, which the transport keeps to itself.
+fn other(error: impl std::error::Error) -> io::Error {
+    io::Error::other(chain(&error))
 }
 
 /// Finds the beginning of the conversation; see `pyro_proto::resync`.
@@ -228,8 +252,9 @@ mod tests {
         peer: impl FnOnce(UnixStream) -> P,
     ) {
         let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let identity = Identity { hostname: "pyro-test".to_owned(), machine_id: "0".repeat(32) };
         let peer = tokio::spawn(peer(theirs));
-        let met = tokio::time::timeout(Duration::from_secs(30), Guest::meet(ours, "pyro-test")).await;
+        let met = tokio::time::timeout(Duration::from_secs(30), Guest::meet(ours, &identity)).await;
         met.expect("an answer").expect_err("no agent speaks like this");
         peer.abort();
     }

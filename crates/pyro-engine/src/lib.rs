@@ -15,22 +15,39 @@
 //! # }
 //! ```
 
+mod budget;
 mod capture;
+mod diagnosis;
 mod engine;
 mod error;
 mod execute;
+mod files;
 mod guest;
 mod host;
 mod live;
+mod lock;
+mod observe;
 mod record;
 mod registry;
 mod spec;
+mod supervisor;
+mod task;
+mod vm;
 
-pub use engine::{Engine, EngineConfig, Observer, Phase, Reaped};
+pub use diagnosis::{
+    Capabilities, Diagnosis, EnvironmentCache, Issue, Kvm, Networking, State, VmmFacts,
+};
+pub use engine::{Engine, EngineConfig, Reaped};
 pub use error::{Error, ErrorKind};
 pub use guest::{Chunk, Stream};
+pub use observe::{Observer, Phase};
 pub use record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRecord, VmState};
 pub use spec::{Command, ExecSpec, VmSpec};
+pub use supervisor::supervise;
+pub use task::{
+    DeletedTask, Detached, EntryStatus, JournalEntry, LastCommand, LogEntry, LogQuery, TaskList, TaskLogs,
+    TaskRecord,
+};
 
 pub use pyro_image::{Check, Entry, Inspection, Pruned, Pulled};
 pub use pyro_vmm::Isolation;

@@ -1,16 +1,16 @@
-//! One machine that this process owns, from its lease to its end.
+//! A machine that runs, and the lease under which one of this process's own runs.
 
 use std::io::{self, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pyro_image::Environment;
-use pyro_vmm::{DiskCache, Machine, MachineEnd, MachineSpec, Qemu, Vmm};
+use pyro_vmm::{DiskCache, Machine, MachineExit, MachineSpec, Qemu, Vmm};
 use rustix::fs::SeekFrom as Region;
 
-use crate::error::{Error, ErrorKind};
-use crate::guest::Guest;
+use crate::error::{Error, ErrorKind, chain};
+use crate::guest::{Guest, Identity};
 use crate::registry::{Lease, Registry};
 
 /// How long a guest may take to answer after its VMM runs. A cold boot in software emulation takes one to two
@@ -18,18 +18,23 @@ use crate::registry::{Lease, Registry};
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 /// How long a guest may take to write its disks and end.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(15);
+/// How long the end of a VMM is waited for whose guest has stopped answering.
+const EXIT_GRACE: Duration = Duration::from_secs(2);
 /// The writable disk of a machine; sparse, so only what is written takes room.
-const OVERLAY: &str = "overlay.ext4";
+pub(crate) const OVERLAY: &str = "overlay.ext4";
 
-/// A lease and what runs under it. Dropping it ends the machine and removes every trace.
+/// What is needed to boot a machine from its directory.
 #[derive(Debug)]
-pub(crate) struct Live {
-    registry: Arc<Registry>,
-    lease: Option<Lease>,
-    running: Option<Running>,
+pub(crate) struct Boot<'a> {
+    pub(crate) dir: PathBuf,
+    pub(crate) environment: &'a Environment,
+    pub(crate) vcpus: u8,
+    pub(crate) memory_mib: u32,
+    pub(crate) disk: DiskCache,
+    pub(crate) identity: Identity,
 }
 
-/// A machine whose agent has answered.
+/// A machine whose agent has answered. Dropping it kills the machine.
 #[derive(Debug)]
 pub(crate) struct Running {
     pub(crate) machine: Machine,
@@ -43,27 +48,99 @@ pub(crate) struct StartTimes {
     pub(crate) handshake: Duration,
 }
 
+impl Running {
+    /// Boots a machine and waits for its agent. Dropping the future ends whatever it had started.
+    pub(crate) async fn boot(vmm: &Qemu, boot: &Boot<'_>) -> Result<(Self, StartTimes), Error> {
+        let began = Instant::now();
+        let spec = MachineSpec {
+            dir: boot.dir.clone(),
+            kernel: boot.environment.kernel.clone(),
+            initramfs: boot.environment.initramfs.clone(),
+            rootfs: boot.environment.rootfs.clone(),
+            overlay: OVERLAY.into(),
+            overlay_cache: boot.disk,
+            vcpus: boot.vcpus,
+            memory_mib: boot.memory_mib,
+            kernel_args: Vec::new(),
+        };
+        let machine = vmm.launch(&spec).await.map_err(|error| {
+            let failed = unavailable(&format!("phase=start: {}", chain(&error)));
+            match error.hint() {
+                Some(hint) => failed.hint(hint),
+                None => failed,
+            }
+        })?;
+        let start = began.elapsed();
+        let stream = machine.take_stream().ok_or_else(|| unavailable("the machine has no channel"))?;
+        let met = tokio::select! {
+            exit = machine.wait() => return Err(boot_failed(&exit)),
+            met = tokio::time::timeout(BOOT_DEADLINE, Guest::meet(stream, &boot.identity)) => met,
+        };
+        match met {
+            Ok(Ok(guest)) => {
+                let times = StartTimes { start, handshake: began.elapsed() - start };
+                Ok((Self { machine, guest }, times))
+            }
+            Ok(Err(error)) => {
+                // The end of the VMM closes its channel a moment before it is known; it tells more.
+                match tokio::time::timeout(EXIT_GRACE, machine.wait()).await {
+                    Ok(exit) => Err(boot_failed(&exit)),
+                    Err(_elapsed) => {
+                        let console = last_lines(&machine.console_tail());
+                        Err(unavailable(&format!("phase=handshake: {error}{console}")))
+                    }
+                }
+            }
+            Err(_elapsed) => {
+                let console = last_lines(&machine.console_tail());
+                let seconds = BOOT_DEADLINE.as_secs();
+                Err(unavailable(&format!("phase=boot: no answer within {seconds} s{console}")))
+            }
+        }
+    }
+
+    /// Powers the guest off cleanly; its disk is whole when this returns.
+    pub(crate) async fn power_off(&self) -> MachineExit {
+        tokio::join!(self.guest.power_off(), self.machine.shutdown(POWER_OFF_DEADLINE));
+        self.machine.wait().await
+    }
+}
+
+/// A lease and what runs under it. Dropping it ends the machine and removes every trace.
+#[derive(Debug)]
+pub(crate) struct Live {
+    registry: Arc<Registry>,
+    lease: Option<Lease>,
+    running: Option<Running>,
+}
+
 impl Live {
     /// Takes over a lease and gives it a disk.
     pub(crate) fn new(registry: Arc<Registry>, lease: Lease, blank: &Path) -> Result<Self, Error> {
         let overlay = lease.dir.join(OVERLAY);
         let live = Self { registry, lease: Some(lease), running: None };
-        copy_sparse(blank, &overlay).map_err(|error| {
-            Error::host("the machine's disk could not be made", &error)
-                .hint("free some space in the state directory, or set PYRO_STATE_DIR")
-        })?;
+        make_disk(blank, &overlay)?;
         Ok(live)
     }
 
-    /// Takes over a lease for a command on the host; returns the directory that it may use.
-    pub(crate) fn on_host(
-        registry: Arc<Registry>,
-        lease: Lease,
-    ) -> Result<(Self, std::path::PathBuf), Error> {
-        let workspace = lease.dir.join("workspace");
+    /// Takes over a lease for commands on the host.
+    pub(crate) fn on_host(registry: Arc<Registry>, lease: Lease) -> Result<Self, Error> {
         let live = Self { registry, lease: Some(lease), running: None };
-        fs_err::create_dir(&workspace).map_err(|error| Error::host("the workspace", &error))?;
-        Ok((live, workspace))
+        live.move_to_host()?;
+        Ok(live)
+    }
+
+    /// Makes the directory that commands on the host may use.
+    pub(crate) fn move_to_host(&self) -> Result<(), Error> {
+        match fs_err::create_dir(self.workspace()) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(Error::host("the workspace", &error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The working directory of commands on the host.
+    pub(crate) fn workspace(&self) -> PathBuf {
+        self.lease.as_ref().map(|lease| lease.dir.join("workspace")).unwrap_or_default()
     }
 
     pub(crate) fn running(&self) -> Option<&Running> {
@@ -79,56 +156,24 @@ impl Live {
         memory_mib: u32,
     ) -> Result<StartTimes, Error> {
         let lease = self.lease.as_ref().ok_or_else(|| unavailable("the machine is gone"))?;
-        let began = Instant::now();
-        let spec = MachineSpec {
+        let boot = Boot {
             dir: lease.dir.clone(),
-            kernel: environment.kernel.clone(),
-            initramfs: environment.initramfs.clone(),
-            rootfs: environment.rootfs.clone(),
-            overlay: OVERLAY.into(),
-            overlay_cache: DiskCache::Unsafe,
+            environment,
             vcpus,
             memory_mib,
-            kernel_args: Vec::new(),
+            disk: DiskCache::Unsafe,
+            identity: Identity::fresh(&lease.id)?,
         };
-        let machine = vmm.launch(&spec).await.map_err(|error| {
-            let failed = unavailable(&format!("phase=start: {error}"));
-            error
-                .hint()
-                .map(|hint| unavailable(&format!("phase=start: {error}")).hint(hint))
-                .unwrap_or(failed)
-        })?;
-        let start = began.elapsed();
-        let stream = machine.take_stream().ok_or_else(|| unavailable("the machine has no channel"))?;
-        let hostname = format!("pyro-{}", lease.id);
-        let met = tokio::select! {
-            exit = machine.wait() => {
-                let console = last_lines(&exit.console_tail);
-                return Err(unavailable(&format!("phase=boot: {}{console}", exit.status)));
-            }
-            met = tokio::time::timeout(BOOT_DEADLINE, Guest::meet(stream, &hostname)) => met,
-        };
-        let guest = match met {
-            Ok(Ok(guest)) => guest,
-            Ok(Err(error)) => {
-                let console = last_lines(&machine.console_tail());
-                return Err(unavailable(&format!("phase=handshake: {error}{console}")));
-            }
-            Err(_elapsed) => {
-                let console = last_lines(&machine.console_tail());
-                let seconds = BOOT_DEADLINE.as_secs();
-                return Err(unavailable(&format!("phase=boot: no answer within {seconds} s{console}")));
-            }
-        };
-        self.running = Some(Running { machine, guest });
-        Ok(StartTimes { start, handshake: began.elapsed() - start })
+        let (running, times) = Running::boot(vmm, &boot).await?;
+        self.running = Some(running);
+        Ok(times)
     }
 
     /// Powers the guest off cleanly; its disk stays.
-    pub(crate) async fn stop(&mut self) -> Option<MachineEnd> {
-        let running = self.running.take()?;
-        tokio::join!(running.guest.power_off(), running.machine.shutdown(POWER_OFF_DEADLINE));
-        Some(running.machine.wait().await.reason)
+    pub(crate) async fn stop(&mut self) {
+        if let Some(running) = self.running.take() {
+            running.power_off().await;
+        }
     }
 
     /// Ends the machine at once and removes every trace.
@@ -161,15 +206,50 @@ impl Drop for Live {
     }
 }
 
+impl Identity {
+    /// That of a machine which has never been: its id and a new machine-id.
+    pub(crate) fn fresh(id: &str) -> Result<Self, Error> {
+        let machine_id = crate::files::random_hex(16).map_err(|error| Error::host("random numbers", &error))?;
+        Ok(Self { hostname: format!("pyro-{id}"), machine_id })
+    }
+}
+
+/// Gives a machine its disk: a copy of the blank one.
+pub(crate) fn make_disk(blank: &Path, overlay: &Path) -> Result<(), Error> {
+    copy_sparse(blank, overlay).map_err(|error| {
+        Error::host("the machine's disk could not be made", &error)
+            .hint("free some space in the state directory, or set PYRO_STATE_DIR")
+    })
+}
+
 /// An error in the words of the contract, section 6.
 pub(crate) fn unavailable(reason: &str) -> Error {
-    Error::new(
-        ErrorKind::GuestUnavailable,
-        format!(
-            "guest boot is unavailable and host compatibility mode is disabled: {reason}. Set \
-             allow_host_compat=True (CLI: --allow-host-compat) to opt into host execution."
-        ),
+    Error::new(ErrorKind::GuestUnavailable, host_refused("guest boot", reason))
+}
+
+/// The same, where the guest is there and cannot be spoken to.
+pub(crate) fn command_unavailable(reason: &str) -> Error {
+    Error::new(ErrorKind::GuestUnavailable, host_refused("guest command execution", reason))
+}
+
+fn host_refused(what: &str, reason: &str) -> String {
+    format!(
+        "{what} is unavailable and host compatibility mode is disabled: {reason}. Set \
+         allow_host_compat=True (CLI: --allow-host-compat) to opt into host execution."
     )
+}
+
+fn boot_failed(exit: &MachineExit) -> Error {
+    let words = last_words(&exit.stderr_tail);
+    let error = unavailable(&format!("phase=boot: {}{words}{}", exit.status, last_lines(&exit.console_tail)));
+    if exit.stderr_tail.contains("Cannot allocate memory") {
+        return error.hint("free memory on this host, or ask for a smaller machine");
+    }
+    error
+}
+
+fn last_words(stderr: &str) -> String {
+    if stderr.trim().is_empty() { String::new() } else { format!("; the VMM said: {}", stderr.trim_end()) }
 }
 
 fn last_lines(console: &str) -> String {
@@ -183,8 +263,12 @@ fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     let length = source.metadata()?.len();
     let mut position = 0;
     while position < length {
-        // No more data: the rest is a hole.
-        let Ok(data) = rustix::fs::seek(source.file(), Region::Data(position)) else { break };
+        let data = match rustix::fs::seek(source.file(), Region::Data(position)) {
+            Ok(data) => data,
+            // No more data: the rest is a hole.
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
         let hole = rustix::fs::seek(source.file(), Region::Hole(data))?;
         source.seek(SeekFrom::Start(data))?;
         target.seek(SeekFrom::Start(data))?;

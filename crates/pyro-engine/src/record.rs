@@ -82,7 +82,7 @@ impl VmRecord {
 }
 
 /// What ended a command other than itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[expect(missing_docs, reason = "the names say it, and are those of the public contract")]
 pub enum Fault {
@@ -110,6 +110,13 @@ pub struct Timings {
     pub cleanup: f64,
 }
 
+impl Fault {
+    /// The reason of a clean-up that follows a command's end.
+    pub(crate) fn cleanup_reason(fault: Option<Self>) -> &'static str {
+        if fault == Some(Self::TtlExpired) { "expired" } else { "post_exec_cleanup" }
+    }
+}
+
 /// What became of a machine after its command.
 #[derive(Clone, Debug, Serialize)]
 pub struct Cleanup {
@@ -125,7 +132,14 @@ pub struct Cleanup {
 #[derive(Clone, Debug, Serialize)]
 #[expect(missing_docs, reason = "the keys are those of the public contract, section 3")]
 pub struct ExecResult {
-    pub vm_id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vm_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sequence: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<String>,
     pub environment: String,
     pub environment_version: String,
     pub command: String,

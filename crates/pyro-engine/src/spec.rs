@@ -2,6 +2,7 @@
 
 use std::os::unix::ffi::OsStrExt;
 
+use pyro_proto::limits;
 use pyro_vmm::Isolation;
 use tokio::io::AsyncRead;
 
@@ -16,6 +17,8 @@ pub struct VmSpec {
     pub vcpu_count: u8,
     /// Memory in MiB, 256 to 32768.
     pub mem_mib: u32,
+    /// The writable disk in MiB, 256 to 1048576; sparse, so only what is written takes room.
+    pub disk_mib: u32,
     /// Life in seconds, 60 to the configured maximum (3600).
     pub ttl_seconds: u32,
     /// Whether the guest gets a network.
@@ -33,6 +36,7 @@ impl VmSpec {
             environment: environment.into(),
             vcpu_count: 1,
             mem_mib: 1024,
+            disk_mib: 8192,
             ttl_seconds: 600,
             network: false,
             allow_host_compat: false,
@@ -47,6 +51,9 @@ impl VmSpec {
         }
         if !(256..=32_768).contains(&self.mem_mib) {
             return invalid("mem_mib must be between 256 and 32768".to_owned());
+        }
+        if !(256..=1 << 20).contains(&self.disk_mib) {
+            return invalid("disk_mib must be between 256 and 1048576".to_owned());
         }
         if !(60..=max_ttl).contains(&self.ttl_seconds) {
             return invalid(format!("ttl_seconds must be between 60 and {max_ttl}"));
@@ -68,6 +75,14 @@ impl Command {
     /// A command of words.
     pub fn argv<S: AsRef<std::ffi::OsStr>>(words: impl IntoIterator<Item = S>) -> Self {
         Self::Argv(words.into_iter().map(|word| word.as_ref().as_bytes().to_vec()).collect())
+    }
+
+    /// What is run, by name.
+    pub(crate) fn program(&self) -> String {
+        match self {
+            Self::Argv(words) => words.first().map_or_else(String::new, |word| String::from_utf8_lossy(word).into_owned()),
+            Self::Shell(_) => "/bin/sh".to_owned(),
+        }
     }
 
     /// The command as records show it.
@@ -104,13 +119,27 @@ impl ExecSpec {
         if !(self.timeout_seconds > 0.0 && self.timeout_seconds.is_finite()) {
             return invalid("timeout_seconds must be positive");
         }
-        match &self.command {
-            Command::Argv(words) if words.first().is_none_or(Vec::is_empty) => {
-                invalid("command must not be empty")
-            }
-            Command::Shell(text) if text.trim().is_empty() => invalid("command must not be empty"),
-            _ => Ok(()),
+        if !self.cwd.starts_with('/') {
+            return invalid("cwd must be an absolute path");
         }
+        let words: Vec<&[u8]> = match &self.command {
+            Command::Argv(words) => words.iter().map(Vec::as_slice).collect(),
+            Command::Shell(text) => vec![text.trim().as_bytes()],
+        };
+        if words.first().is_none_or(|word| word.is_empty()) {
+            return invalid("command must not be empty");
+        }
+        if words.iter().any(|word| word.contains(&0)) || self.cwd.contains('\0') {
+            return invalid("command must not hold a zero byte");
+        }
+        // The limits of Linux, within which the guest can start it at all.
+        if words.iter().any(|word| word.len() >= limits::ARGUMENT) {
+            return invalid("an argument of command must be shorter than 131072 bytes; give more on stdin");
+        }
+        if words.iter().map(|word| word.len() + 1).sum::<usize>() + self.cwd.len() > limits::ARGUMENTS {
+            return invalid("command must be shorter than 1048576 bytes; give more on stdin");
+        }
+        Ok(())
     }
 }
 
@@ -147,7 +176,17 @@ mod tests {
             spec.timeout_seconds = bad;
             assert_eq!(spec.check().expect_err("refused").to_string(), "timeout_seconds must be positive");
         }
-        let empty = ExecSpec::new(Command::Shell("  ".to_owned()));
-        assert_eq!(empty.check().expect_err("refused").kind(), ErrorKind::InvalidValue);
+        let refused = |command: Command| {
+            let error = ExecSpec::new(command).check().expect_err("refused");
+            assert_eq!(error.kind(), ErrorKind::InvalidValue, "{error}");
+        };
+        refused(Command::Shell("  ".to_owned()));
+        refused(Command::Argv(Vec::new()));
+        refused(Command::argv(["echo", "a\0b"]));
+        refused(Command::argv(["echo", &"x".repeat(200_000)]));
+        refused(Command::Argv(vec![vec![b'x'; 100_000]; 11]));
+        spec.timeout_seconds = 1.0;
+        spec.cwd = "workspace".to_owned();
+        assert_eq!(spec.check().expect_err("refused").to_string(), "cwd must be an absolute path");
     }
 }

@@ -79,6 +79,14 @@ pub enum ImageError {
         /// The environment.
         name: String,
     },
+    /// A disk belongs to an installation that is gone.
+    #[error("environment '{name}' has changed: its installation {digest} is gone or damaged")]
+    Replaced {
+        /// The environment.
+        name: String,
+        /// What the disk was made upon.
+        digest: String,
+    },
     /// The size of a writable layer is out of range.
     #[error("overlay size must be between 64 and 1048576 MiB")]
     OverlaySize,
@@ -102,6 +110,7 @@ impl ImageError {
             Self::Damaged { .. } => "environment_damaged",
             Self::NotInstalled { .. } => "environment_not_installed",
             Self::InUse { .. } => "environment_in_use",
+            Self::Replaced { .. } => "environment_replaced",
             Self::OverlaySize => "overlay_size",
             Self::Cancelled => "cancelled",
         }
@@ -125,6 +134,9 @@ impl ImageError {
                 Some(format!("run: pyro env pull {name}"))
             }
             Self::InUse { name } => Some(format!("run again: pyro env pull {name}")),
+            Self::Replaced { .. } => {
+                Some("the disk cannot be used any more: delete the task and create a new one".to_owned())
+            }
             Self::UnknownEnvironment { .. }
             | Self::Tree(_)
             | Self::Kernel(_)

@@ -22,6 +22,15 @@ pub struct Spawn {
     fds: Vec<(OwnedFd, RawFd)>,
 }
 
+/// Whether the child belongs to the process that starts it.
+#[derive(Clone, Copy, Debug)]
+enum Bond {
+    /// It is killed when its owner dies.
+    Owned(Pid),
+    /// It lives on, in a session of its own, as a child of nobody here.
+    Detached,
+}
+
 /// A running child, its pidfd, and its standard streams where they are pipes.
 ///
 /// Dropping it neither ends nor reaps the child: call [`Child::kill`] and [`Child::wait`].
@@ -93,8 +102,26 @@ impl Spawn {
     /// # Errors
     /// As `std::process::Command::spawn`: the program is missing or not executable, or the host refuses
     /// another process.
-    pub fn spawn(mut self) -> io::Result<Child> {
-        let owner = rustix::process::getpid();
+    pub fn spawn(self) -> io::Result<Child> {
+        let bond = Bond::Owned(rustix::process::getpid());
+        let inner = self.start(bond)?;
+        let pid = Pid::from_child(&inner);
+        // The child cannot have been reaped yet, so the number still names it.
+        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+        Ok(Child { inner, pidfd })
+    }
+
+    /// Starts a process that outlives this one: in a session of its own, without a terminal, and never this
+    /// process's to reap. Who wants to know of its end shares a lock or a pipe with it.
+    ///
+    /// # Errors
+    /// As [`Spawn::spawn`].
+    pub fn spawn_detached(self) -> io::Result<()> {
+        // What is waited for here is the process in between, which ends at once.
+        self.start(Bond::Detached)?.wait().map(drop)
+    }
+
+    fn start(mut self, bond: Bond) -> io::Result<std::process::Child> {
         // The numbers that the child wants may be taken by other descriptors of this list, so all are first
         // moved out of the way of every wanted number.
         let floor = self.fds.iter().map(|(_, number)| number + 1).max().unwrap_or(3);
@@ -104,15 +131,10 @@ impl Spawn {
             .map(|(fd, number)| Ok((rustix::io::fcntl_dupfd_cloexec(fd, floor)?, *number)))
             .collect::<io::Result<Vec<_>>>()?;
         self.fds.clear();
-        let hook = move || prepare_child(owner, &moved);
+        let hook = move || prepare_child(bond, &moved);
         // SAFETY: the hook makes system calls only; it neither allocates nor takes a lock.
         unsafe { self.command.pre_exec(hook) };
-        let command = self.command;
-        let inner = on_spawner(command)?;
-        let pid = Pid::from_child(&inner);
-        // The child cannot have been reaped yet, so the number still names it.
-        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
-        Ok(Child { inner, pidfd })
+        on_spawner(self.command)
     }
 }
 
@@ -183,10 +205,15 @@ pub fn output(mut spawn: Spawn) -> io::Result<Output> {
 }
 
 /// What the child does between fork and exec.
-fn prepare_child(owner: Pid, fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-    if rustix::process::getppid() != Some(owner) {
-        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+fn prepare_child(bond: Bond, fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
+    match bond {
+        Bond::Owned(owner) => {
+            rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+            if rustix::process::getppid() != Some(owner) {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+        }
+        Bond::Detached => detach()?,
     }
     // Rust marks every descriptor close-on-exec, but a host program (an embedding Python, a shell) may not.
     // SAFETY: a system call on numbers; it closes nothing now, so the runtime's own pipe stays usable.
@@ -201,6 +228,19 @@ fn prepare_child(owner: Pid, fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Goes on in a grandchild, so that init reaps it and no terminal can reach it. The pipe by which the runtime
+/// learns of a failed exec stays open in the grandchild.
+fn detach() -> io::Result<()> {
+    rustix::process::setsid()?;
+    // SAFETY: this process has one thread, that of the fork.
+    match unsafe { libc::fork() } {
+        0 => Ok(()),
+        // SAFETY: ends the process in between without running anything of the program it was forked from.
+        1.. => unsafe { libc::_exit(0) },
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 type Request = (Command, mpsc::SyncSender<io::Result<std::process::Child>>);

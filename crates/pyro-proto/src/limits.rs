@@ -8,16 +8,17 @@ pub const MESSAGE: usize = 4 << 20;
 pub const CHUNK: usize = 64 << 10;
 
 /// HTTP/2 flow-control window of one stream, in bytes: what one unread command may hold in memory.
-pub const STREAM_WINDOW: u32 = 1 << 20;
+pub const STREAM_WINDOW: u32 = 256 << 10;
 
-/// HTTP/2 flow-control window of the connection, in bytes.
-pub const CONNECTION_WINDOW: u32 = 4 << 20;
+/// HTTP/2 flow-control window of the connection, in bytes: [`STREAMS`] unread streams leave it open, so that a
+/// command whose reader stalls never stalls another.
+pub const CONNECTION_WINDOW: u32 = STREAMS * STREAM_WINDOW;
 
 /// Header list of one call, in bytes.
 pub const HEADERS: u32 = 16 << 10;
 
 /// Calls on one connection at the same time.
-pub const STREAMS: u32 = 1024;
+pub const STREAMS: u32 = 128;
 
 /// All arguments and variables of one command together, in bytes: below what Linux takes in one exec.
 pub const ARGUMENTS: usize = 1 << 20;

@@ -3,7 +3,7 @@
 //! ```text
 //!   launch ──► running ◄──► paused
 //!                 │            │
-//!                 └──► ended ◄─┘     powered off | killed | crashed; for good
+//!                 └──► ended ◄─┘     powered off | killed | panicked | crashed; for good
 //! ```
 
 use std::sync::{Mutex, PoisonError};
@@ -38,7 +38,9 @@ pub enum MachineEnd {
     PoweredOff,
     /// It was ended from here: killed, told to quit, or dropped.
     Killed,
-    /// The guest kernel panicked, the VMM failed, or someone else killed the VMM.
+    /// The guest's kernel gave up, by its own words on the console.
+    Panicked,
+    /// The VMM failed, or someone else killed it.
     Crashed,
 }
 
@@ -48,6 +50,7 @@ impl MachineEnd {
         match self {
             Self::PoweredOff => "powered-off",
             Self::Killed => "killed",
+            Self::Panicked => "panicked",
             Self::Crashed => "crashed",
         }
     }

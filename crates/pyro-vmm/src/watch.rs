@@ -84,7 +84,7 @@ impl Watched {
         match (status.code(), self.ending.load(Ordering::Relaxed)) {
             (Some(0), ENDING_QUIT) => (MachineEnd::Killed, "the VMM was told to quit".to_owned()),
             (Some(0), _) => match self.panic_words() {
-                Some(words) => (MachineEnd::Crashed, format!("the guest kernel panicked: {words}")),
+                Some(words) => (MachineEnd::Panicked, format!("the guest kernel panicked: {words}")),
                 None => (MachineEnd::PoweredOff, "the guest powered off".to_owned()),
             },
             (None, ENDING_KILL) if status.signal() == Some(libc::SIGKILL) => {

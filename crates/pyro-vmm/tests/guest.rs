@@ -131,7 +131,7 @@ async fn a_panic_of_the_guest_is_told_with_its_words() {
     let mut guest = bench.boot().await;
     guest.send(b"P").await;
     let exit = tokio::time::timeout(ANSWER_DEADLINE, guest.machine.wait()).await.expect("ended");
-    assert_eq!(exit.reason, MachineEnd::Crashed, "{exit:?}");
+    assert_eq!(exit.reason, MachineEnd::Panicked, "{exit:?}");
     assert_eq!(exit.status, "the guest kernel panicked: sysrq triggered crash");
     // The trace may be longer than what is kept for show; its end is always there.
     assert!(exit.console_tail.contains("Kernel Offset"), "{exit:?}");

@@ -15,13 +15,15 @@ pub(crate) async fn run(printer: &Printer) -> Result<ExitCode, Failure> {
     let engine = Engine::open(config::engine(None)?)?;
     printer.say(&format!("$ pyro run debian:12 -- '{TOUR}'"));
     let exec = ExecSpec::new(Command::Shell(TOUR.to_owned()));
-    let words = Printer::new(printer.json());
+    let words = printer.clone();
     let observer = Observer::none().on_phase(move |phase| {
         if let pyro_engine::Phase::Environment(step, detail) = phase {
             words.step(&step, &detail);
         }
     });
+    printer.turn("booting".to_owned());
     let result = engine.run(VmSpec::new("debian:12"), exec, observer).await?;
+    printer.settle();
     if printer.json() {
         printer.object(&result);
     } else {

@@ -1,83 +1,86 @@
 //! `pyro doctor`: what this machine can do, and what to mend. It needs nothing to work.
 
 use std::process::ExitCode;
-use std::time::Instant;
 
-use pyro_engine::Engine;
-use serde_json::json;
+use pyro_engine::Diagnosis;
 
 use crate::config;
 use crate::failure::Failure;
 use crate::printer::Printer;
 
 pub(crate) fn run(printer: &Printer) -> Result<ExitCode, Failure> {
-    let began = Instant::now();
-    let engine = Engine::open(config::engine(None)?)?;
-    let facts = engine.host_facts();
-    let isolation = engine.isolation();
-    let checks = engine.environments().doctor();
-    let mut issues = Vec::new();
-    if let Err(error) = &isolation {
-        issues.push((error.to_string(), error.remedy().map(str::to_owned)));
-    }
-    for check in checks.iter().filter(|check| !check.ok) {
-        issues.push((format!("{}: {}", check.name, check.detail), check.remedy.clone()));
-    }
-    let runs = isolation.is_ok();
-    let tier = isolation.as_ref().map_or("none", |isolation| isolation.as_str());
-    let milliseconds = began.elapsed().as_secs_f64() * 1e3;
-    let platform = format!("{}-{}", std::env::consts::OS, std::env::consts::ARCH);
+    let found = Diagnosis::make(&config::engine(None)?);
     if printer.json() {
-        let issues: Vec<_> =
-            issues.iter().map(|(issue, remedy)| json!({ "issue": issue, "remedy": remedy })).collect();
-        let checks: Vec<_> = checks
-            .iter()
-            .map(|check| json!({ "name": check.name, "ok": check.ok, "detail": check.detail }))
-            .collect();
-        printer.object(&json!({
-            "platform": platform,
-            "runtime_ok": runs,
-            "isolation": tier,
-            "kvm": {
-                "exists": facts.kvm.exists, "readable": facts.kvm.readable, "writable": facts.kvm.writable,
-                "usable": facts.kvm.usable, "why": facts.kvm.why,
-            },
-            "live_vms": engine.live_vms()?,
-            "checks": checks,
-            "issues": issues,
-            "duration_ms": milliseconds,
-        }));
+        printer.object(&found);
     } else {
-        let word = |yes| if yes { "yes" } else { "no" };
-        let kvm = &facts.kvm;
-        printer.data(&format!("Platform: {platform}"));
-        printer.data(&format!("Runtime: {}", if runs { "PASS" } else { "FAIL" }));
-        printer.data(&format!(
+        for line in lines(&found) {
+            printer.data(&line);
+        }
+        printer.say(&format!("examined in {:.0} ms", found.duration_ms));
+    }
+    Ok(ExitCode::from(u8::from(!found.runtime_ok)))
+}
+
+fn lines(found: &Diagnosis) -> Vec<String> {
+    let word = |yes: bool| if yes { "yes" } else { "no" };
+    let mib = |free: Option<u64>| free.map_or_else(|| "unknown".to_owned(), |free| format!("{free} MiB"));
+    let list = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+    let (kvm, cache, state) = (&found.kvm, &found.environment_cache, &found.state);
+    let mut lines = vec![
+        format!("Platform: {}", found.platform),
+        format!("Runtime: {}", if found.runtime_ok { "PASS" } else { "FAIL" }),
+        format!(
             "KVM: exists={} readable={} writable={} usable={} ({})",
             word(kvm.exists),
             word(kvm.readable),
             word(kvm.writable),
             word(kvm.usable),
             kvm.why
-        ));
-        printer.data(&format!("Isolation: {tier}"));
-        printer.data(&format!("Live machines: {}", engine.live_vms()?));
-        for check in &checks {
-            printer.data(&format!(
-                "{} {}: {}",
-                if check.ok { "PASS" } else { "FAIL" },
-                check.name,
-                check.detail
-            ));
-        }
-        printer.data(&format!("Issues: {}", if issues.is_empty() { "none" } else { "" }));
-        for (issue, remedy) in &issues {
-            printer.data(&format!("- {issue}"));
-            if let Some(remedy) = remedy {
-                printer.data(&format!("  remedy: {remedy}"));
-            }
-        }
-        printer.say(&format!("examined in {milliseconds:.0} ms"));
+        ),
+        format!("Isolation: {}{}", found.isolation, caveat(&found.isolation)),
+        found.vmm.as_ref().map_or_else(
+            || "VMM: none".to_owned(),
+            |vmm| format!("VMM: {} {} ({}) sandbox={}", vmm.name, vmm.version, vmm.binary, word(vmm.sandbox)),
+        ),
+        format!("Environment cache: {} installed={} free={}", cache.dir, list(&cache.installed), mib(cache.free_mib)),
+        format!(
+            "State: {} free={} live={} of {} tasks={} task_disk={} MiB",
+            state.dir,
+            mib(state.free_mib),
+            state.live_vms.map_or_else(|| "unknown".to_owned(), |live| live.to_string()),
+            state.max_active_vms,
+            state.tasks,
+            state.task_disk_bytes >> 20
+        ),
+        format!(
+            "Capabilities: guests={} tasks={} guest_network={} snapshots={} host_compat={}",
+            word(found.capabilities.guests),
+            word(found.capabilities.tasks),
+            word(found.capabilities.guest_network),
+            word(found.capabilities.snapshots),
+            word(found.capabilities.host_compat)
+        ),
+        format!(
+            "Networking: tun={} ip_forward={}",
+            word(found.networking.tun_available),
+            word(found.networking.ip_forward_enabled)
+        ),
+        format!("Orphans: {}", if found.orphans.is_empty() { "none".to_owned() } else { format!("{} (removed now)", list(&found.orphans)) }),
+    ];
+    for check in &found.checks {
+        lines.push(format!("{} {}: {}", if check.ok { "PASS" } else { "FAIL" }, check.name, check.detail));
     }
-    Ok(ExitCode::from(u8::from(!runs)))
+    lines.push(format!("Issues: {}", if found.issues.is_empty() { "none" } else { "" }).trim_end().to_owned());
+    for issue in &found.issues {
+        lines.push(format!("- {}", issue.issue));
+        lines.push(format!("  remedy: {}", issue.remedy));
+    }
+    lines
+}
+
+fn caveat(isolation: &str) -> &'static str {
+    match isolation {
+        "qemu-tcg" => " (software emulation, which QEMU's own policy does not count as a hardened boundary)",
+        _ => "",
+    }
 }

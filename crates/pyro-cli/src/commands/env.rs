@@ -36,18 +36,19 @@ fn list(engine: &Engine, printer: &Printer) -> Result<(), Failure> {
 }
 
 async fn pull(engine: &Engine, name: &str, printer: &Printer) -> Result<(), Failure> {
-    let words = Printer::new(printer.json());
+    let words = printer.clone();
     let observer = Observer::none().on_phase(move |phase| {
         if let Phase::Environment(step, detail) = phase {
             words.step(&step, &detail);
         }
     });
-    let environment = engine.prepare(name, &observer).await?;
-    let pulled = engine.environments().inspect(name).map_err(pyro_engine::Error::from)?;
+    let pulled = engine.pull(name, &observer).await?;
+    printer.settle();
     if printer.json() {
         printer.object(&pulled);
     } else {
-        printer.data(&format!("Pulled: {name} ({})", environment.digest));
+        let digest = pulled.entry.source_digest.as_deref().unwrap_or_default();
+        printer.data(&format!("Pulled: {name} ({digest}) from {}", pulled.source));
     }
     Ok(())
 }
@@ -60,7 +61,7 @@ fn inspect(engine: &Engine, name: &str, printer: &Printer) -> Result<(), Failure
 }
 
 fn prune(engine: &Engine, printer: &Printer) -> Result<(), Failure> {
-    let pruned = engine.environments().prune().map_err(pyro_engine::Error::from)?;
+    let pruned = engine.prune()?;
     if printer.json() {
         printer.object(&pruned);
     } else {

@@ -4,20 +4,30 @@ mod demo;
 mod doctor;
 mod env;
 mod run;
+mod task;
 
 use std::process::ExitCode;
 
 use clap::CommandFactory;
 use pyro_engine::Engine;
 
+use self::task::Interrupt;
 use crate::cli::{Cli, Verb};
 use crate::config;
 use crate::failure::Failure;
 use crate::printer::Printer;
 
-pub(crate) async fn dispatch(verb: Verb, printer: &Printer) -> Result<ExitCode, Failure> {
+/// The exit code at SIGHUP.
+pub(crate) const HANGUP: u8 = 129;
+
+pub(crate) async fn dispatch(
+    verb: Verb,
+    printer: &Printer,
+    interrupt: Interrupt,
+) -> Result<ExitCode, Failure> {
     match verb {
         Verb::Run(args) => run::run(args, printer).await,
+        Verb::Task(verb) => task::run(verb, printer, interrupt).await,
         Verb::Env(verb) => env::run(verb, printer).await,
         Verb::Doctor(_) => doctor::run(printer),
         Verb::Demo(_) => demo::run(printer).await,
@@ -25,26 +35,42 @@ pub(crate) async fn dispatch(verb: Verb, printer: &Printer) -> Result<ExitCode, 
         Verb::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "pyro", &mut script);
-            printer.data(String::from_utf8_lossy(&script).trim_end());
+            printer.bytes(&script);
             Ok(ExitCode::SUCCESS)
         }
-        Verb::Man => {
-            let mut page = Vec::new();
-            let rendered = clap_mangen::Man::new(Cli::command()).render(&mut page);
-            rendered.map_err(|error| Failure::host("the manual page", &error))?;
-            printer.data(String::from_utf8_lossy(&page).trim_end());
-            Ok(ExitCode::SUCCESS)
-        }
+        Verb::Man { command } => manual(&command, printer),
+        Verb::Supervise { .. } => Err(Failure::new("wrong_state", "pyro supervise is started by pyro itself")),
     }
 }
 
 fn reap(printer: &Printer) -> Result<ExitCode, Failure> {
     let engine = Engine::open(config::engine(None)?)?;
-    let reaped = engine.reap_expired()?;
+    let reaped = engine.reap_expired();
     if printer.json() {
         printer.object(&reaped);
     } else {
-        printer.data(&format!("Reaped {} machines.", reaped.count));
+        let (vms, tasks) = (reaped.deleted_vm_ids.len(), reaped.deleted_task_ids.len());
+        printer.data(&format!("Reaped {vms} machines and {tasks} tasks."));
+        for problem in &reaped.problems {
+            printer.say(&format!("warning: {problem}"));
+        }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The manual page of a command, by its path of names.
+fn manual(path: &[String], printer: &Printer) -> Result<ExitCode, Failure> {
+    let mut command = Cli::command();
+    command.build();
+    for name in path {
+        command = command.find_subcommand(name).cloned().ok_or_else(|| {
+            Failure::new("invalid_value", format!("there is no command '{}'", path.join(" ")))
+                .hint("see: pyro --help")
+        })?;
+    }
+    let mut page = Vec::new();
+    let rendered = clap_mangen::Man::new(command).render(&mut page);
+    rendered.map_err(|error| Failure::host("the manual page", &error))?;
+    printer.bytes(&page);
     Ok(ExitCode::SUCCESS)
 }

@@ -1,65 +1,66 @@
 //! `pyro run`: one command in a fresh microVM.
 
-use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
-use pyro_engine::{Chunk, Command, Engine, ExecSpec, Isolation, Observer, Phase, Stream, VmSpec};
-use tokio::sync::mpsc;
+use pyro_engine::{Command, Engine, ExecSpec, Isolation, Observer, Phase, VmSpec};
 
-use crate::cli::RunArgs;
+use crate::cli::{MachineArgs, RunArgs};
 use crate::config;
 use crate::failure::Failure;
 use crate::printer::Printer;
+use crate::streams::{self, Forwarder, Written};
 
-/// Pieces of output that may wait for a slow reader of stdout.
-const QUEUE: usize = 8;
+/// As a shell tells the end of a program whose output nobody reads: 128 and SIGPIPE.
+const UNREAD: u8 = 141;
 
 pub(crate) async fn run(args: RunArgs, printer: &Printer) -> Result<ExitCode, Failure> {
-    let engine = Engine::open(config::engine(args.backend)?)?;
+    let engine = Engine::open(config::engine(args.machine.backend.clone())?)?;
     let mut exec = ExecSpec::new(command(args.command));
     exec.timeout_seconds = args.timeout_seconds;
-    // A terminal is never given: the command would wait for keys that nobody knows to press.
-    if !std::io::stdin().is_terminal() {
-        exec.stdin = Some(Box::new(tokio::io::stdin()));
-    }
-    let vm = VmSpec {
-        vcpu_count: args.vcpu_count,
-        mem_mib: args.mem_mib,
-        ttl_seconds: args.ttl_seconds,
-        network: args.network,
-        allow_host_compat: args.allow_host_compat,
-        require_isolation: args.require_isolation.map(Isolation::from),
-        ..VmSpec::new(args.environment)
-    };
-    let json = printer.json();
-    let words = Printer::new(json);
-    let mut observer = Observer::none().on_phase(move |phase| tell(&words, phase));
-    let mut writer = None;
-    if !json {
-        let (sender, receiver) = mpsc::channel(QUEUE);
+    let spec = machine(args.machine)?;
+    exec.stdin = streams::stdin();
+    let mut observer = Observer::none().on_phase(telling(printer, &engine, "run"));
+    let mut forwarder = None;
+    if !printer.json() {
+        let (sender, started) = Forwarder::start();
         observer = observer.output(sender);
-        writer = Some(std::thread::spawn(move || write_out(receiver)));
+        forwarder = Some(started);
     }
-    let result = engine.run(vm, exec, observer).await;
-    if let Some(writer) = writer {
-        drop(writer.join());
+    let result = engine.run(spec, exec, observer).await;
+    if let Some(code) = written(forwarder).await? {
+        return Ok(code);
     }
     let result = result?;
-    if json {
+    if printer.json() {
         printer.object(&result);
     }
     if result.execution_mode == "host_compat" {
-        printer.say("warning: no guest could be had; the command ran on this host, without isolation");
+        printer.warn("warning: no guest could be had; the command ran on this host, without isolation");
     }
     printer.say(&format!(
         "[run] environment={} execution_mode={} isolation={} exit_code={} duration_ms={:.0}",
         result.environment, result.execution_mode, result.isolation, result.exit_code, result.duration_ms
     ));
-    Ok(ExitCode::from(u8::try_from(result.exit_code).unwrap_or(255)))
+    Ok(exit(result.exit_code))
+}
+
+/// Waits until all output is written; a code where the command's own does not count any more.
+pub(super) async fn written(forwarder: Option<Forwarder>) -> Result<Option<ExitCode>, Failure> {
+    let Some(forwarder) = forwarder else { return Ok(None) };
+    match forwarder.finish().await {
+        Written::All => Ok(None),
+        Written::Unread => Ok(Some(ExitCode::from(UNREAD))),
+        Written::Failed(error) => Err(Failure::host("the output could not be written", &error)
+            .hint("make room where stdout goes, then run it again")),
+    }
+}
+
+pub(super) fn exit(code: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(code).unwrap_or(255))
 }
 
 /// One word with white space in it is a shell string; anything else is run as it is.
-fn command(words: Vec<std::ffi::OsString>) -> Command {
+pub(super) fn command(words: Vec<std::ffi::OsString>) -> Command {
     if let [word] = words.as_slice()
         && let Some(text) = word.to_str()
         && text.contains(char::is_whitespace)
@@ -69,27 +70,55 @@ fn command(words: Vec<std::ffi::OsString>) -> Command {
     Command::argv(words)
 }
 
-fn tell(printer: &Printer, phase: Phase) {
-    match phase {
+/// The machine that is asked for. A number that no machine can have becomes one that the engine refuses, in the words
+/// of the contract.
+pub(super) fn machine(args: MachineArgs) -> Result<VmSpec, Failure> {
+    Ok(VmSpec {
+        vcpu_count: u8::try_from(args.vcpu_count).unwrap_or(0),
+        mem_mib: u32::try_from(args.mem_mib).unwrap_or(0),
+        disk_mib: u32::try_from(args.disk_mib).unwrap_or(0),
+        ttl_seconds: u32::try_from(args.ttl_seconds).unwrap_or(0),
+        network: args.network,
+        allow_host_compat: args.allow_host_compat,
+        require_isolation: args.require_isolation.map(Isolation::from),
+        ..VmSpec::new(args.environment)
+    })
+}
+
+/// Tells the phases of a command as they come.
+pub(super) fn telling(
+    printer: &Printer,
+    engine: &Engine,
+    prefix: &'static str,
+) -> impl Fn(Phase) + Send + Sync + 'static {
+    let (printer, engine) = (printer.clone(), engine.clone());
+    move |phase| match phase {
         Phase::Environment(step, detail) => printer.step(&step, &detail),
-        Phase::Create(environment) => printer.say(&format!("[run] phase=create environment={environment}")),
-        Phase::Start(vm_id) => printer.say(&format!("[run] phase=start vm_id={vm_id}")),
-        Phase::Execute(vm_id) => printer.say(&format!("[run] phase=execute vm_id={vm_id}")),
+        Phase::Create(environment) => {
+            warn_of_emulation(&printer, &engine);
+            printer.phase(prefix, &format!("phase=create environment={environment}"));
+        }
+        Phase::Start(id) => {
+            printer.phase(prefix, &format!("phase=start {}={id}", noun(prefix)));
+            printer.turn("booting".to_owned());
+        }
+        Phase::Execute(id) => printer.phase(prefix, &format!("phase=execute {}={id}", noun(prefix))),
+        Phase::Sequence(_) => {}
     }
 }
 
-/// Writes output as it arrives; ends when the command ends, or when nobody reads any more.
-fn write_out(mut chunks: mpsc::Receiver<Chunk>) {
-    while let Some(chunk) = chunks.blocking_recv() {
-        let written = match chunk.stream {
-            Stream::Stdout => {
-                let mut stdout = std::io::stdout().lock();
-                stdout.write_all(&chunk.bytes).and_then(|()| stdout.flush())
-            }
-            Stream::Stderr => std::io::stderr().write_all(&chunk.bytes),
-        };
-        if written.is_err() {
-            return;
-        }
+fn noun(prefix: &str) -> &'static str {
+    if prefix == "run" { "vm_id" } else { "task_id" }
+}
+
+/// Once for each state directory: what software emulation does not promise.
+fn warn_of_emulation(printer: &Printer, engine: &Engine) {
+    if !printer.json() && engine.isolation().is_ok_and(|tier| tier == Isolation::QemuTcg) && engine.tells_first("emulation")
+    {
+        printer.settle();
+        printer.say(
+            "note: without a usable KVM, guests run in software emulation (qemu-tcg), which QEMU's own policy does \
+             not count as a hardened boundary; `pyro doctor` tells why (said once)",
+        );
     }
 }

@@ -139,9 +139,18 @@ impl Store {
     pub(super) fn installation(&self, definition: &Definition) -> Result<Option<Installation>, ImageError> {
         let home = self.paths.environment(definition.name);
         let Some(pointer) = usable(&home.join(POINTER), Pointer::parse)? else { return Ok(None) };
-        let directory = home.join(&pointer.digest);
+        self.installation_of(definition, &pointer.digest)
+    }
+
+    /// The installation of this digest, the present one or an older one.
+    pub(super) fn installation_of(
+        &self,
+        definition: &Definition,
+        digest: &str,
+    ) -> Result<Option<Installation>, ImageError> {
+        let directory = self.paths.environment(definition.name).join(digest);
         let Some(manifest) = usable(&directory.join(MANIFEST), Manifest::parse)? else { return Ok(None) };
-        let fits = manifest.digest == pointer.digest && manifest.name == definition.name;
+        let fits = manifest.digest == digest && manifest.name == definition.name;
         Ok(fits.then_some(Installation { directory, manifest }))
     }
 

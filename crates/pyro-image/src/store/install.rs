@@ -40,7 +40,7 @@ impl Store {
         const ATTEMPTS: usize = 3;
         // A prune may remove what was just installed before it is leased; then it is installed again.
         for _ in 0..ATTEMPTS {
-            if let Some(environment) = self.lease(definition, Scrutiny::Cheap, progress)? {
+            if let Some(environment) = self.lease_current(definition, Scrutiny::Cheap, progress)? {
                 return Ok(environment);
             }
             let (environment, _built) = self.install(definition, Scrutiny::Cheap, progress)?;
@@ -75,11 +75,11 @@ impl Store {
         progress: &dyn Progress,
     ) -> Result<(Option<Environment>, bool), ImageError> {
         let _lock = self.lock_environment(definition, progress)?;
-        if let Some(environment) = self.lease(definition, scrutiny, progress)? {
+        if let Some(environment) = self.lease_current(definition, scrutiny, progress)? {
             return Ok((Some(environment), false));
         }
         self.build(definition, progress)?;
-        Ok((self.lease(definition, Scrutiny::Cheap, progress)?, true))
+        Ok((self.lease_current(definition, Scrutiny::Cheap, progress)?, true))
     }
 
     fn lock_environment(&self, definition: &Definition, progress: &dyn Progress) -> Result<File, ImageError> {
@@ -102,14 +102,39 @@ impl Store {
     }
 
     /// Leases the present installation if it is whole.
-    fn lease(
+    fn lease_current(
         &self,
         definition: &Definition,
         scrutiny: Scrutiny,
         progress: &dyn Progress,
     ) -> Result<Option<Environment>, ImageError> {
-        let cancelled = || progress.cancelled();
         let Some(installation) = self.installation(definition)? else { return Ok(None) };
+        self.lease_installation(definition, &installation, scrutiny, progress)
+    }
+
+    /// The installation that a disk was made upon, which may not be the present one any more.
+    pub(super) fn lease_digest(
+        &self,
+        definition: &Definition,
+        digest: &str,
+        progress: &dyn Progress,
+    ) -> Result<Environment, ImageError> {
+        let lost = || ImageError::Replaced { name: definition.name.to_owned(), digest: digest.to_owned() };
+        if !crate::digest::is_digest(digest) {
+            return Err(lost());
+        }
+        let installation = self.installation_of(definition, digest)?.ok_or_else(lost)?;
+        self.lease_installation(definition, &installation, Scrutiny::Cheap, progress)?.ok_or_else(lost)
+    }
+
+    fn lease_installation(
+        &self,
+        definition: &Definition,
+        installation: &Installation,
+        scrutiny: Scrutiny,
+        progress: &dyn Progress,
+    ) -> Result<Option<Environment>, ImageError> {
+        let cancelled = || progress.cancelled();
         let Some(rootfs_lease) = shared(&installation.directory)? else { return Ok(None) };
         let kernel_digest = &installation.manifest.kernel_digest;
         let Some(kernel_lease) = shared(&self.paths.kernel(kernel_digest))? else { return Ok(None) };
@@ -123,7 +148,7 @@ impl Store {
             }
         }
         if !installation.looks_untouched() {
-            refresh(&installation, &cancelled)?;
+            refresh(installation, &cancelled)?;
         }
         let (initramfs, initramfs_lease) = self.initramfs(&kernel)?;
         Ok(Some(Environment {

@@ -167,6 +167,15 @@ impl Store {
         self.ensure_definition(catalog::find(name)?, progress)
     }
 
+    /// The files of the installation with this digest, which is not built again: a disk that was made upon other
+    /// bytes cannot be used with it.
+    ///
+    /// # Errors
+    /// [`ImageError::Replaced`] when it is gone or damaged.
+    pub fn lease(&self, name: &str, digest: &str) -> Result<Environment, ImageError> {
+        self.lease_digest(catalog::find(name)?, digest, &crate::Silent)
+    }
+
     /// A blank ext4 file system of `size_mib` MiB to copy, made on first use; sparse.
     ///
     /// # Errors

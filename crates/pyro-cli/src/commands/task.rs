@@ -1,0 +1,352 @@
+//! `pyro task`: a microVM that stays, and the record of what was done in it.
+
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+
+use pyro_engine::{
+    Engine, EntryStatus, Error, ErrorKind, ExecResult, ExecSpec, JournalEntry, LogEntry, LogQuery, Observer,
+    Phase, TaskRecord,
+};
+use serde_json::json;
+use tokio::sync::watch;
+
+use super::run::{command, exit, machine, telling, written};
+use crate::cli::{AttachArgs, CommandArgs, CreateArgs, ExecArgs, LogsArgs, TaskVerb};
+use crate::config;
+use crate::failure::Failure;
+use crate::printer::Printer;
+use crate::streams::{self, Forwarder};
+
+/// Resolves to an exit code at a signal.
+pub(crate) type Interrupt = watch::Receiver<Option<u8>>;
+
+pub(crate) async fn run(
+    verb: TaskVerb,
+    printer: &Printer,
+    interrupt: Interrupt,
+) -> Result<ExitCode, Failure> {
+    let backend = if let TaskVerb::Create(args) = &verb { args.machine.backend.clone() } else { None };
+    let engine = Engine::open(config::engine(backend)?)?;
+    match verb {
+        TaskVerb::Create(args) => create(&engine, args, printer).await,
+        TaskVerb::Exec(args) => exec(&engine, args, printer, interrupt).await,
+        TaskVerb::Attach(args) => attach(&engine, args, printer).await,
+        TaskVerb::Cancel(args) => cancel(&engine, args, printer).await,
+        TaskVerb::Status(args) => {
+            show(&engine.status_task(&args.task_id).await?, printer);
+            Ok(ExitCode::SUCCESS)
+        }
+        TaskVerb::Logs(args) => logs(&engine, args, printer).await,
+        TaskVerb::List(_) => list(&engine, printer).await,
+        TaskVerb::Start(args) => {
+            printer.turn("booting".to_owned());
+            show(&engine.start_task(&args.task_id).await?, printer);
+            Ok(ExitCode::SUCCESS)
+        }
+        TaskVerb::Stop(args) => {
+            printer.turn("stopping".to_owned());
+            show(&engine.stop_task(&args.task_id).await?, printer);
+            Ok(ExitCode::SUCCESS)
+        }
+        TaskVerb::Delete(args) => {
+            let deleted = engine.delete_task(&args.task_id).await?;
+            if printer.json() {
+                printer.object(&deleted);
+            } else {
+                printer.data(&format!("Deleted task: {}", deleted.task_id));
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+async fn create(engine: &Engine, args: CreateArgs, printer: &Printer) -> Result<ExitCode, Failure> {
+    let observer = Observer::none().on_phase(telling(printer, engine, "task-create"));
+    let record = engine.create_task(machine(args.machine)?, observer).await?;
+    if args.id_only {
+        printer.settle();
+        printer.data(&record.task_id);
+    } else {
+        show(&record, printer);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn exec(
+    engine: &Engine,
+    args: ExecArgs,
+    printer: &Printer,
+    mut interrupt: Interrupt,
+) -> Result<ExitCode, Failure> {
+    let mut exec = ExecSpec::new(command(args.command));
+    exec.timeout_seconds = args.timeout_seconds;
+    if args.detach {
+        let detached = engine.exec_task_detached(&args.task_id, exec).await?;
+        if printer.json() {
+            printer.object(&detached);
+        } else {
+            printer.data(&detached.sequence.to_string());
+            printer.say(&format!(
+                "[task-exec] task_id={} sequence={} status=running; wait for it: pyro task attach {} {}",
+                detached.task_id, detached.sequence, detached.task_id, detached.sequence
+            ));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    exec.stdin = streams::stdin();
+    let sequence = Arc::new(Mutex::new(None));
+    let noted = Arc::clone(&sequence);
+    let mut observer = Observer::none().on_phase(move |phase| {
+        if let (Phase::Sequence(number), Ok(mut noted)) = (phase, noted.lock()) {
+            *noted = Some(number);
+        }
+    });
+    let mut forwarder = None;
+    if !printer.json() {
+        let (sender, started) = Forwarder::start();
+        observer = observer.output(sender);
+        forwarder = Some(started);
+    }
+    let number = move || sequence.lock().ok().and_then(|number| *number);
+    let running = engine.exec_task(&args.task_id, exec, observer);
+    tokio::pin!(running);
+    let result = tokio::select! {
+        result = &mut running => result,
+        Some(code) = told(&mut interrupt) => {
+            // A terminal that goes away leaves the command running; a person who presses Ctrl-C does not.
+            if code != super::HANGUP && let Some(number) = number() {
+                drop(engine.cancel_task(&args.task_id, number).await);
+                drop(running.await);
+            }
+            return Ok(ExitCode::from(code));
+        }
+    };
+    let unread = result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Cancelled);
+    if unread && let Some(number) = number() {
+        // As with any program whose output nobody reads any more.
+        drop(engine.cancel_task(&args.task_id, number).await);
+    }
+    if let Some(code) = written(forwarder).await? {
+        return Ok(code);
+    }
+    finish(&result?, printer)
+}
+
+async fn told(interrupt: &mut Interrupt) -> Option<u8> {
+    interrupt.wait_for(Option::is_some).await.ok().and_then(|code| *code)
+}
+
+async fn attach(engine: &Engine, args: AttachArgs, printer: &Printer) -> Result<ExitCode, Failure> {
+    let CommandArgs { task_id, sequence, .. } = args.command;
+    let mut observer = Observer::none();
+    let mut forwarder = None;
+    if !printer.json() {
+        let (sender, started) = Forwarder::start();
+        observer = observer.output(sender);
+        forwarder = Some(started);
+    }
+    let result = engine.attach_task(&task_id, sequence, observer).await;
+    if let Some(code) = written(forwarder).await? {
+        return Ok(code);
+    }
+    finish(&result?, printer)
+}
+
+fn finish(result: &ExecResult, printer: &Printer) -> Result<ExitCode, Failure> {
+    if printer.json() {
+        printer.object(result);
+    }
+    if result.execution_mode == "host_compat" {
+        printer.warn("warning: this task runs on this host, without isolation");
+    }
+    printer.say(&format!(
+        "[task-exec] task_id={} sequence={} cwd={} execution_mode={} exit_code={} duration_ms={:.0}",
+        result.task_id.as_deref().unwrap_or_default(),
+        result.sequence.unwrap_or_default(),
+        result.cwd.as_deref().unwrap_or_default(),
+        result.execution_mode,
+        result.exit_code,
+        result.duration_ms
+    ));
+    Ok(exit(result.exit_code))
+}
+
+async fn cancel(engine: &Engine, args: CommandArgs, printer: &Printer) -> Result<ExitCode, Failure> {
+    engine.cancel_task(&args.task_id, args.sequence).await?;
+    if printer.json() {
+        printer.object(&json!({ "task_id": args.task_id, "sequence": args.sequence, "ended": true }));
+    } else {
+        printer.data(&format!("Ended command {} of task {}", args.sequence, args.task_id));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn list(engine: &Engine, printer: &Printer) -> Result<ExitCode, Failure> {
+    let list = engine.list_tasks().await?;
+    if printer.json() {
+        printer.object(&list);
+        return Ok(ExitCode::SUCCESS);
+    }
+    if list.tasks.is_empty() {
+        printer.data("No tasks found.");
+    }
+    for task in &list.tasks {
+        printer.data(&format!(
+            "{} {} {} commands={} expires_in={}s disk={}MiB",
+            task.task_id,
+            task.state.as_str(),
+            task.environment,
+            task.command_count,
+            left(task),
+            task.disk_bytes >> 20
+        ));
+    }
+    for problem in &list.problems {
+        printer.say(&format!("warning: {problem}"));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show(record: &TaskRecord, printer: &Printer) {
+    printer.settle();
+    if printer.json() {
+        return printer.object(record);
+    }
+    let last = record.last_command.as_ref().map_or_else(
+        || "none".to_owned(),
+        |last| {
+            let code = last.exit_code.map_or_else(|| "running".to_owned(), |code| format!("exit {code}"));
+            format!("#{} {} ({code})", last.sequence, one_line(&last.command))
+        },
+    );
+    let mut lines = vec![
+        ("Task ID", record.task_id.clone()),
+        ("Environment", record.environment.clone()),
+        ("State", record.state.as_str().to_owned()),
+        ("Isolation", record.isolation.clone()),
+        ("Execution mode", record.execution_mode.clone()),
+        ("Workspace", record.workspace_path.clone()),
+        ("Resources", format!("{} vCPU / {} MiB", record.vcpu_count, record.mem_mib)),
+        ("Disk", format!("{} MiB of {} MiB", record.disk_bytes >> 20, record.disk_mib)),
+        ("Expires in", format!("{} s", left(record))),
+        ("Command count", record.command_count.to_string()),
+        ("Last command", last),
+    ];
+    lines.extend(record.last_error.as_ref().map(|error| ("Last error", one_line(error))));
+    for (name, value) in lines {
+        printer.data(&format!("{name}: {value}"));
+    }
+}
+
+/// Seconds until it expires, by the wall's clock.
+fn left(record: &TaskRecord) -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    std::time::Duration::try_from_secs_f64(record.expires_at - now.as_secs_f64()).map_or(0, |left| left.as_secs())
+}
+
+fn one_line(text: &str) -> String {
+    const MOST: usize = 200;
+    text.chars().take(MOST).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+async fn logs(engine: &Engine, args: LogsArgs, printer: &Printer) -> Result<ExitCode, Failure> {
+    let query = LogQuery {
+        since_sequence: args.sequence.unwrap_or(args.since),
+        limit: args.limit,
+        max_bytes: args.max_bytes,
+    };
+    let mut logs = engine.logs_task(&args.task_id, query).await?;
+    if let Some(sequence) = args.sequence {
+        logs.entries.retain(|entry| entry.entry.sequence == sequence);
+        logs.count = logs.entries.len();
+        if logs.entries.is_empty() && !args.follow {
+            return Err(Failure::new("not_found", format!("task '{}' has no command {sequence}", args.task_id)));
+        }
+    }
+    if printer.json() {
+        printer.object(&logs);
+        return Ok(ExitCode::SUCCESS);
+    }
+    if logs.entries.is_empty() && !args.follow {
+        printer.data("No task logs found.");
+    }
+    let mut next = query.since_sequence.max(1);
+    for entry in &logs.entries {
+        if args.follow && entry.entry.status == EntryStatus::Running {
+            break;
+        }
+        print(entry, printer);
+        next = entry.entry.sequence + 1;
+    }
+    if args.follow && args.sequence.is_none_or(|only| next <= only) {
+        follow(engine, &args.task_id, next, args.sequence, printer).await?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Goes on with commands that run and that come, until the task has stopped or is gone, or the one that was asked for
+/// has ended.
+async fn follow(
+    engine: &Engine,
+    task_id: &str,
+    mut next: u64,
+    only: Option<u64>,
+    printer: &Printer,
+) -> Result<(), Failure> {
+    loop {
+        let (sender, forwarder) = Forwarder::start();
+        let observer = Observer::none().output(sender);
+        let heading = observer.on_phase({
+            let printer = printer.clone();
+            move |phase| {
+                if let Phase::Sequence(sequence) = phase {
+                    printer.data(&format!("#{sequence} running"));
+                }
+            }
+        });
+        let followed = engine.follow_command(task_id, next, &heading).await;
+        drop(heading);
+        drop(forwarder.finish().await);
+        let entry: JournalEntry = match followed {
+            Ok(Some(entry)) => entry,
+            Ok(None) => return Ok(()),
+            Err(error) if is_over(&error) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        printer.data(&headline(&entry));
+        if only == Some(next) {
+            return Ok(());
+        }
+        next += 1;
+    }
+}
+
+/// The task is gone, or nobody reads any more.
+fn is_over(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Expired | ErrorKind::Cancelled)
+}
+
+fn print(entry: &LogEntry, printer: &Printer) {
+    printer.data(&headline(&entry.entry));
+    printer.data(&format!("$ {}", entry.entry.command));
+    for text in [&entry.stdout, &entry.stderr] {
+        if !text.is_empty() {
+            printer.bytes(text.as_bytes());
+            if !text.ends_with('\n') {
+                printer.bytes(b"\n");
+            }
+        }
+    }
+}
+
+fn headline(entry: &JournalEntry) -> String {
+    let code = entry.exit_code.map_or_else(|| "none".to_owned(), |code| code.to_string());
+    let duration = entry.duration_ms.map_or_else(|| "none".to_owned(), |duration| format!("{duration:.0}"));
+    let status = match entry.status {
+        EntryStatus::Finished => "",
+        EntryStatus::Running => " status=running",
+        EntryStatus::TimedOut => " status=timed_out",
+        EntryStatus::Interrupted => " status=interrupted",
+    };
+    format!("#{} exit_code={code} duration_ms={duration} cwd={}{status}", entry.sequence, entry.cwd)
+}

@@ -1,0 +1,94 @@
+//! Durable files: written beside their place, synced, renamed.
+
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+/// Whether a new file may take the place of an old one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// The name must be free.
+    Free,
+    /// What is there is replaced.
+    Taken,
+}
+
+/// Writes `bytes` to `path`, which at any moment holds its old contents or its new ones, whole. The bytes are on
+/// the disk when this returns; the name is once the directory is synced.
+///
+/// # Errors
+/// When the file system refuses; `AlreadyExists` where the name must be free and is not.
+pub(crate) fn put(path: &Path, bytes: &[u8], place: Place) -> io::Result<()> {
+    let parent = path.parent().ok_or_else(|| io::Error::other("a path without a parent"))?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let beside = parent.join(format!(".{name}.{}", random_hex(4)?));
+    let write = || {
+        let mut file = fs_err::OpenOptions::new().write(true).create_new(true).open(&beside)?;
+        file.write_all(bytes)?;
+        file.sync_data()?;
+        match place {
+            Place::Taken => fs_err::rename(&beside, path),
+            Place::Free => {
+                use rustix::fs::{CWD, RenameFlags, renameat_with};
+                Ok(renameat_with(CWD, &beside, CWD, path, RenameFlags::NOREPLACE)?)
+            }
+        }
+    };
+    let written = write();
+    if written.is_err() {
+        drop(fs_err::remove_file(&beside));
+    }
+    written
+}
+
+/// Makes the names in a directory durable.
+pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
+    fs_err::File::open(path)?.sync_all()
+}
+
+/// Reads a file that must not be longer than `most` bytes; none where there is no such file.
+pub(crate) fn read_bounded(path: &Path, most: u64) -> io::Result<Option<Vec<u8>>> {
+    let file = match fs_err::File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened?,
+    };
+    let mut bytes = Vec::new();
+    file.take(most + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > most {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("more than {most} bytes")));
+    }
+    Ok(Some(bytes))
+}
+
+/// Removes a file; that there is none is what is wanted.
+pub(crate) fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs_err::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+/// So many random bytes as hexadecimal digits.
+pub(crate) fn random_hex(bytes: usize) -> io::Result<String> {
+    let mut random = vec![0; bytes];
+    getrandom::fill(&mut random).map_err(io::Error::other)?;
+    Ok(random.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_must_be_free_is_never_taken_twice() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("000001.json");
+        put(&path, b"first", Place::Free).expect("free");
+        let error = put(&path, b"second", Place::Free).expect_err("taken");
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(read_bounded(&path, 10).expect("read").as_deref(), Some(&b"first"[..]));
+        put(&path, b"third", Place::Taken).expect("replaced");
+        assert_eq!(read_bounded(&path, 10).expect("read").as_deref(), Some(&b"third"[..]));
+        assert_eq!(read_bounded(&path, 4).expect_err("too long").kind(), io::ErrorKind::FileTooLarge);
+        assert_eq!(fs_err::read_dir(dir.path()).expect("read").count(), 1, "nothing is left beside it");
+    }
+}

@@ -1,0 +1,71 @@
+//! Advisory locks on directories (`flock`), each tied to an open file.
+//!
+//! A machine's directory is locked by its owner for life. The lock is on the directory itself, so it moves with a
+//! rename, needs no file that a clean-up could remove too early, and ends with the last process that holds it.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// What became of an attempt to lock.
+#[derive(Debug)]
+pub(crate) enum Attempt {
+    /// It was free, and is ours now.
+    Locked(File),
+    /// Somebody alive holds it.
+    Held,
+    /// There is nothing under this path, or something else by now.
+    Gone,
+}
+
+/// Tries to lock the directory at `path`; it is not waited for.
+pub(crate) fn attempt(path: &Path) -> io::Result<Attempt> {
+    use rustix::fs::{CWD, Mode, OFlags};
+
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = match rustix::fs::openat(CWD, path, flags, Mode::empty()) {
+        Ok(fd) => File::from(fd),
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => {
+            return Ok(Attempt::Gone);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    match file.try_lock() {
+        Ok(()) if is_at(&file, path)? => Ok(Attempt::Locked(file)),
+        Ok(()) => Ok(Attempt::Gone),
+        Err(TryLockError::WouldBlock) => Ok(Attempt::Held),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// Whether the open file is what the path names now.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let open = file.metadata()?;
+    match std::fs::symlink_metadata(path) {
+        Ok(named) => Ok((named.dev(), named.ino()) == (open.dev(), open.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_moves_with_its_directory_and_ends_with_its_holder() {
+        let root = tempfile::tempdir().expect("a directory");
+        let (here, there) = (root.path().join("here"), root.path().join("there"));
+        fs_err::create_dir(&here).expect("made");
+        let Attempt::Locked(held) = attempt(&here).expect("tried") else { panic!("free") };
+        assert!(matches!(attempt(&here).expect("tried"), Attempt::Held));
+        fs_err::rename(&here, &there).expect("moved");
+        assert!(matches!(attempt(&here).expect("tried"), Attempt::Gone));
+        assert!(matches!(attempt(&there).expect("tried"), Attempt::Held));
+        drop(held);
+        assert!(matches!(attempt(&there).expect("tried"), Attempt::Locked(_)));
+        fs_err::write(&here, "no directory").expect("written");
+        assert!(matches!(attempt(&here).expect("tried"), Attempt::Gone));
+    }
+}

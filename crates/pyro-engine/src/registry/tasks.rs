@@ -1,0 +1,203 @@
+//! Tasks in the registry: their slots, their locks, and what becomes of one whose supervisor is gone.
+//!
+//! The record of a task is a file in its directory (`task::file`), so the database can be lost; a row only counts
+//! towards the cap. The lock of the directory is handed from the process that makes the task to its supervisor
+//! without ever being free, and is held by that supervisor for life.
+
+use std::fs::File;
+use std::io;
+
+use rusqlite::params;
+
+use super::{Lease, Registry, Swept};
+use crate::error::{Error, ErrorKind};
+use crate::lock::{self, Attempt};
+use crate::task::{TaskDirectory, TaskFile, TaskFileError};
+
+/// Whether a task has a supervisor, found out by its lock.
+#[derive(Debug)]
+pub(crate) enum TaskLock {
+    /// It has none; the lock is ours, and the record is in order.
+    Free(File, Box<TaskFile>),
+    /// It has one.
+    Held,
+}
+
+impl Registry {
+    /// Takes a slot for a new task: directory, lock, row in the state `creating`.
+    pub(crate) fn bear_task(&self, cap: u32) -> Result<Lease, Error> {
+        let lease = self.new_lease("tasks")?;
+        let admitted = self.take_slot(cap, |connection| {
+            connection.execute("INSERT OR REPLACE INTO tasks VALUES (?1, 'creating')", [&lease.id])
+        });
+        match admitted {
+            Ok(()) => Ok(lease),
+            Err(error) => {
+                self.remove_task(&lease.id, lease.lock)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives a stopped task its slot back, if one is free.
+    pub(crate) fn readmit_task(&self, cap: u32, id: &str) -> Result<(), Error> {
+        self.take_slot(cap, |connection| {
+            connection.execute("INSERT OR REPLACE INTO tasks VALUES (?1, 'started')", [id])
+        })
+    }
+
+    /// Says in the registry what the task's record says.
+    pub(crate) fn set_task_state(&self, id: &str, state: &str) -> Result<(), Error> {
+        self.connection().execute("INSERT OR REPLACE INTO tasks VALUES (?1, ?2)", params![id, state])?;
+        Ok(())
+    }
+
+    /// The directory of a task, where there is one of this name.
+    pub(crate) fn task_directory(&self, id: &str) -> Result<TaskDirectory, Error> {
+        if !super::is_id(id) {
+            return Err(Error::new(ErrorKind::NotFound, format!("task '{id}' does not exist")));
+        }
+        let directory = TaskDirectory::new(self.path("tasks", id));
+        if directory.path().is_dir() {
+            return Ok(directory);
+        }
+        if self.path("quarantine", id).is_dir() {
+            let kept = self.path("quarantine", id);
+            let text = format!("task '{id}' is damaged: its record cannot be read");
+            return Err(Error::new(ErrorKind::Damaged, text)
+                .hint(format!("what is left of it is in '{}'; remove it when you are done", kept.display())));
+        }
+        Err(self.missing("task", id))
+    }
+
+    /// The ids of all tasks on disk.
+    pub(crate) fn task_ids(&self) -> Vec<String> {
+        self.entries("tasks", &mut Vec::new()).into_iter().map(|(id, _)| id).collect()
+    }
+
+    /// Takes the lock of a task if it has no supervisor, after putting its record in order.
+    pub(crate) fn lock_task(&self, id: &str) -> Result<TaskLock, Error> {
+        let directory = self.task_directory(id)?;
+        let _repair = self.repair_lock()?;
+        self.lock_under_repair(id, &directory)
+    }
+
+    /// Whoever takes the lock of a task without a supervisor does so under this one, for a moment: so a lock that is
+    /// held is held by a supervisor, or by the birth of one.
+    fn repair_lock(&self) -> Result<File, Error> {
+        let failed = |error: io::Error| Error::state(&self.state_dir, &error);
+        let repair = File::create(self.state_dir.join("repair.lock")).map_err(failed)?;
+        repair.lock().map_err(failed)?;
+        Ok(repair)
+    }
+
+    fn lock_under_repair(&self, id: &str, directory: &TaskDirectory) -> Result<TaskLock, Error> {
+        match lock::attempt(directory.path()).map_err(|error| Error::state(directory.path(), &error))? {
+            Attempt::Held => Ok(TaskLock::Held),
+            Attempt::Gone => Err(self.missing("task", id)),
+            Attempt::Locked(lock) => self.put_in_order(id, directory, lock),
+        }
+    }
+
+    /// Brings a task without a supervisor into a state that its record tells truly.
+    fn put_in_order(&self, id: &str, directory: &TaskDirectory, lock: File) -> Result<TaskLock, Error> {
+        let failed = |error: io::Error| Error::state(directory.path(), &error);
+        let mut file = match TaskFile::read(directory) {
+            Ok(Some(file)) => file,
+            Ok(None) => {
+                // Its birth was cut short: it never was.
+                self.take_out(id)?;
+                return Err(self.missing("task", id));
+            }
+            Err(TaskFileError::Newer(error)) => return Err(error),
+            Err(TaskFileError::Damaged(error)) => {
+                self.forget_task(id)?;
+                let kept = self.path("quarantine", id);
+                fs_err::rename(directory.path(), kept).map_err(failed)?;
+                drop(lock);
+                return Err(self.task_directory(id).err().unwrap_or(error));
+            }
+        };
+        if file.has_expired() {
+            self.bury(id)?;
+            self.take_out(id)?;
+            return Err(self.missing("task", id));
+        }
+        directory.journal().interrupt_all(file.has_rebooted()).map_err(failed)?;
+        if file.note_lost_supervisor() {
+            file.write(directory).map_err(failed)?;
+        }
+        self.set_task_state(id, file.state.as_str())?;
+        Ok(TaskLock::Free(lock, Box::new(file)))
+    }
+
+    /// Ends a task's record and files; its VMM must be gone. Dropping the lock is the last of it.
+    pub(crate) fn remove_task(&self, id: &str, _lock: File) -> Result<(), Error> {
+        let trash = self.take_out(id)?;
+        // What cannot be removed now is the next sweep's.
+        drop(super::remove_tree(&trash));
+        Ok(())
+    }
+
+    /// Moves a task out of its place. The record goes first: a directory without one is of a task that never was
+    /// or is no more.
+    fn take_out(&self, id: &str) -> Result<std::path::PathBuf, Error> {
+        let directory = TaskDirectory::new(self.path("tasks", id));
+        directory.remove_record().map_err(|error| Error::state(directory.path(), &error))?;
+        self.forget_task(id)?;
+        self.set_aside(directory.path())
+    }
+
+    /// As [`Registry::remove_task`], and remembers that its time was up.
+    pub(crate) fn expire_task(&self, id: &str, lock: File) -> Result<(), Error> {
+        self.bury(id)?;
+        self.remove_task(id, lock)
+    }
+
+    fn forget_task(&self, id: &str) -> Result<(), Error> {
+        self.connection().execute("DELETE FROM tasks WHERE id = ?1", [id])?;
+        Ok(())
+    }
+
+    /// Puts every task without a supervisor in order.
+    pub(super) fn sweep_tasks(&self, swept: &mut Swept) {
+        let entries = self.entries("tasks", &mut swept.problems);
+        let repair = self.repair_lock();
+        if let Err(error) = &repair {
+            return swept.problems.push(error.to_string());
+        }
+        for (id, path) in entries {
+            match self.lock_under_repair(&id, &TaskDirectory::new(path)) {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::Expired => {
+                    // Told to nobody yet: whoever asks for it is to hear of it.
+                    drop(self.bury(&id));
+                    swept.task_ids.push(id);
+                }
+                Err(error) if error.kind() == ErrorKind::NotFound => swept.task_ids.push(id),
+                Err(error) => swept.problems.push(error.to_string()),
+            }
+        }
+        drop(repair);
+        // A row without a directory: its owner died between the two halves of a removal.
+        let gone = self.ids("tasks").map(|ids| {
+            ids.into_iter().filter(|id| !self.path("tasks", id).exists()).collect::<Vec<_>>()
+        });
+        match gone.and_then(|ids| ids.iter().try_for_each(|id| self.forget_task(id))) {
+            Ok(()) => {}
+            Err(error) => swept.problems.push(error.to_string()),
+        }
+    }
+
+    /// After the database was lost: tasks with a supervisor count again; the others are found by the next sweep.
+    pub(super) fn find_tasks_again(&self) -> Result<(), Error> {
+        for (id, path) in self.entries("tasks", &mut Vec::new()) {
+            let state = match TaskFile::read(&TaskDirectory::new(path)) {
+                Ok(Some(file)) => file.state.as_str(),
+                _ => "creating",
+            };
+            self.connection().execute("INSERT OR IGNORE INTO tasks VALUES (?1, ?2)", params![id, state])?;
+        }
+        Ok(())
+    }
+}

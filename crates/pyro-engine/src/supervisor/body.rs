@@ -1,0 +1,157 @@
+//! What a task's commands run in: its guest, or the host where its caller has opted into that. Its start, its stop,
+//! and its end when nobody asked for it.
+
+use std::sync::Arc;
+
+use pyro_vmm::{DiskCache, MachineEnd, MachineExit};
+
+use super::Supervisor;
+use crate::error::{Error, ErrorKind};
+use crate::guest::Identity;
+use crate::live::{Boot, Running};
+use crate::record::{Fault, VmState};
+
+/// What runs the commands now.
+#[derive(Clone)]
+pub(super) enum Body {
+    /// Nothing: the task is stopped.
+    None,
+    Guest(Arc<Running>),
+    Host,
+}
+
+impl Supervisor {
+    /// Boots the guest and says so in the record.
+    pub(super) async fn boot(self: &Arc<Self>) -> Result<(), Error> {
+        let (body, mode) = match self.boot_guest().await {
+            Ok(running) => (Body::Guest(Arc::new(running)), "guest_serial"),
+            Err(error) if error.kind() == ErrorKind::GuestUnavailable && self.file().allow_host_compat => {
+                self.make_workspace()?;
+                let reason = error.to_string();
+                self.file().metadata.insert("host_compat_reason".to_owned(), reason);
+                "none".clone_into(&mut self.file().isolation);
+                (Body::Host, "host_compat")
+            }
+            Err(error) => {
+                let why = format!("start_failed: {error}");
+                if self.file().state == VmState::Stopped {
+                    // A record that cannot be written now only misses the reason.
+                    drop(self.write(|file| file.last_error = Some(why)));
+                }
+                return Err(error);
+            }
+        };
+        self.write(|file| {
+            file.state = VmState::Started;
+            mode.clone_into(&mut file.execution_mode);
+            file.last_error = None;
+        })?;
+        if let Body::Guest(running) = &body {
+            let (supervisor, running) = (Arc::clone(self), Arc::clone(running));
+            drop(tokio::spawn(async move {
+                let exit = running.machine.wait().await;
+                supervisor.guest_has_ended(&running, &exit).await;
+            }));
+        }
+        *self.body() = body;
+        Ok(())
+    }
+
+    async fn boot_guest(&self) -> Result<Running, Error> {
+        let Some(environment) = &self.environment else {
+            return Err(crate::live::unavailable("no VMM is installed"));
+        };
+        let file = self.file().clone();
+        let boot = Boot {
+            dir: self.directory.path().to_owned(),
+            environment,
+            vcpus: file.vcpu_count,
+            memory_mib: file.mem_mib,
+            // What the guest has synced is kept, also when the host goes down.
+            disk: DiskCache::Writeback,
+            identity: Identity {
+                hostname: format!("pyro-{}", self.id),
+                machine_id: file.machine_id.clone(),
+            },
+        };
+        let (running, _times) = Running::boot(&self.engine.vmm()?, &boot).await?;
+        Ok(running)
+    }
+
+    fn make_workspace(&self) -> Result<(), Error> {
+        match fs_err::create_dir(self.directory.workspace()) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                Err(Error::host("the workspace", &error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Boots the guest of a stopped task.
+    pub(super) async fn start(self: &Arc<Self>, cap: u32) -> Result<(), Error> {
+        let _gate = self.gate.lock().await;
+        let state = self.state();
+        if !state.can_start() {
+            let text = format!("task {} cannot be started from state '{}'", self.id, state.as_str());
+            return Err(Error::new(ErrorKind::WrongState, text));
+        }
+        let registry = &self.engine.inner.registry;
+        crate::budget::check(registry.state_dir(), self.file().mem_mib)?;
+        registry.readmit_task(cap, &self.id)?;
+        let booted = self.boot().await;
+        if booted.is_err() {
+            registry.set_task_state(&self.id, VmState::Stopped.as_str())?;
+        }
+        booted
+    }
+
+    /// Ends all commands and powers the guest off; its disk is kept.
+    pub(super) async fn stop(self: &Arc<Self>, why: Option<&str>) -> Result<(), Error> {
+        let _gate = self.gate.lock().await;
+        if self.state() == VmState::Stopped {
+            return Ok(());
+        }
+        let body = std::mem::replace(&mut *self.body(), Body::None);
+        self.commands.end_all(Fault::Cancelled).await;
+        if let Body::Guest(running) = body {
+            running.power_off().await;
+        }
+        self.write(|file| {
+            file.state = VmState::Stopped;
+            file.last_error = why.map(str::to_owned);
+        })
+    }
+
+    /// Ends the guest at once.
+    pub(super) async fn end_body(&self) {
+        let body = std::mem::replace(&mut *self.body(), Body::None);
+        if let Body::Guest(running) = body {
+            running.machine.kill().await;
+        }
+    }
+
+    /// Nobody asked for the end of this guest.
+    async fn guest_has_ended(&self, ended: &Arc<Running>, exit: &MachineExit) {
+        let _gate = self.gate.lock().await;
+        let was_ours = matches!(&*self.body(), Body::Guest(running) if Arc::ptr_eq(running, ended));
+        if !was_ours {
+            return;
+        }
+        *self.body() = Body::None;
+        // Each of its commands finds the end out for itself; they are in the journal before the task says stopped.
+        self.commands.all_ended().await;
+        let name = match exit.reason {
+            MachineEnd::PoweredOff => "guest_powered_off",
+            MachineEnd::Panicked => "guest_crashed",
+            MachineEnd::Crashed | MachineEnd::Killed => "vmm_lost",
+        };
+        let why = format!("{name}: {}", exit.status);
+        let written = self.write(|file| {
+            file.state = VmState::Stopped;
+            file.last_error = Some(why);
+        });
+        if let Err(error) = written {
+            super::serve::complain(&format!("the end of the guest could not be recorded: {error}"));
+        }
+    }
+}

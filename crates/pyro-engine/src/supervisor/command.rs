@@ -1,0 +1,320 @@
+//! One command of a task: its entry, its output into the journal and to whoever looks on, its end.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::io::AsyncReadExt;
+use tokio::sync::{mpsc, watch};
+
+use super::Supervisor;
+use super::body::Body;
+use super::commands::{Handle, Progress};
+use crate::error::{Error, ErrorKind};
+use crate::execute::{Cancel, Limit, Outcome, Process, Sink, conduct, ended, millis};
+use crate::guest::{Chunk, Stream};
+use crate::host::HostExec;
+use crate::record::Fault;
+use crate::spec::ExecSpec;
+use crate::task::journal::{EntryStatus, JournalEntry, NewEntry, Writer};
+use crate::task::not_started;
+use crate::task::supervisor_proto::{Event, event};
+
+/// Events that may wait for a caller.
+const QUEUE: usize = 4;
+
+/// What a caller is sent.
+pub(super) type Events = mpsc::Receiver<Result<Event, tonic::Status>>;
+type Caller = mpsc::Sender<Result<Event, tonic::Status>>;
+
+impl Supervisor {
+    /// Begins a command; its events come on the channel. Its entry is on disk when this returns.
+    pub(super) async fn exec(
+        self: &Arc<Self>,
+        exec: ExecSpec,
+        request_id: String,
+        attached: bool,
+    ) -> Result<Events, Error> {
+        exec.check()?;
+        let body = self.body().clone();
+        let mode = match &body {
+            Body::None => return Err(not_started(&self.id)),
+            Body::Guest(_) => "guest_serial",
+            Body::Host => "host_compat",
+        };
+        let (progress, watched) = watch::channel(Progress::default());
+        let cancel = watch::Sender::new(None);
+        let handle = Handle { progress: watched, cancel: cancel.clone() };
+        let new = NewEntry {
+            command: exec.command.display(),
+            cwd: exec.cwd.clone(),
+            execution_mode: mode.to_owned(),
+            request_id,
+        };
+        let writer = self.commands.begin(handle, async |sequence| self.begin_entry(sequence, new).await).await?;
+        let (sender, events) = mpsc::channel(QUEUE);
+        let sequence = writer.entry.sequence;
+        drop(sender.send(Ok(Event { kind: Some(event::Kind::Started(sequence)) })).await);
+        let sink = Journaled {
+            writer,
+            caller: attached.then_some(sender),
+            progress,
+            cancel: Cancel::new(cancel.subscribe()),
+        };
+        let cancel = Cancel::new(cancel.subscribe());
+        drop(tokio::spawn(Arc::clone(self).carry_out(exec, body, sink, cancel)));
+        Ok(events)
+    }
+
+    async fn begin_entry(self: &Arc<Self>, sequence: u64, new: NewEntry) -> Result<Writer, Error> {
+        let supervisor = Arc::clone(self);
+        self.engine
+            .blocking(move || {
+                supervisor.journal.begin(sequence, new).map_err(|error| {
+                    let error = Error::state(supervisor.directory.path(), &error);
+                    let hint = error.remedy().unwrap_or_default().to_owned();
+                    let text = format!("the command was not begun, because its entry could not be written: {error}");
+                    Error::new(ErrorKind::HostResources, text).hint(hint)
+                })
+            })
+            .await
+    }
+
+    /// Runs a command to its end and writes that down.
+    async fn carry_out(self: Arc<Self>, exec: ExecSpec, body: Body, mut sink: Journaled, cancel: Cancel) {
+        let began = Instant::now();
+        let limit = Limit { asked: exec.timeout_seconds, left: self.file().life_left().as_secs_f64() };
+        let conducted = self.conduct(exec, &body, limit, &mut sink, cancel).await;
+        let (outcome, reason) = match conducted {
+            Ok(outcome) => (outcome, None),
+            Err(error) => {
+                if let Body::Guest(running) = &body
+                    && error.kind() == ErrorKind::OutcomeUnknown
+                {
+                    // A guest that lives and cannot be spoken to is of no use, and may do anything.
+                    running.machine.kill().await;
+                }
+                (failed(&error), Some(error.to_string()))
+            }
+        };
+        if let Some(words) = &outcome.words {
+            let chunk = Chunk { stream: Stream::Stderr, bytes: words.as_bytes().to_vec() };
+            // The command has ended; a disk that is full keeps only these words out.
+            drop(sink.take(chunk).await);
+        }
+        let entry = &mut sink.writer.entry;
+        entry.status = match outcome.fault {
+            None | Some(Fault::OutOfMemory | Fault::OutputLimit) => EntryStatus::Finished,
+            // The guest's disk was full, or the host's: only the latter has ended the command.
+            Some(Fault::DiskFull) if reason.is_none() => EntryStatus::Finished,
+            Some(Fault::Timeout) => EntryStatus::TimedOut,
+            Some(_) => EntryStatus::Interrupted,
+        };
+        entry.exit_code = Some(outcome.exit_code);
+        entry.duration_ms = Some(millis(began.elapsed()));
+        entry.fault = outcome.fault;
+        entry.reason = reason.or_else(|| outcome.fault.map(|_| outcome.words.unwrap_or_default().trim().to_owned()));
+        self.finish(sink).await;
+    }
+
+    async fn conduct(
+        &self,
+        exec: ExecSpec,
+        body: &Body,
+        limit: Limit,
+        sink: &mut Journaled,
+        cancel: Cancel,
+    ) -> Result<Outcome, Error> {
+        let (mut process, machine) = match body {
+            Body::None => return Err(not_started(&self.id)),
+            Body::Guest(running) => {
+                (Process::send(running, exec, limit).await?, Some(&running.machine))
+            }
+            Body::Host => {
+                let life = Duration::from_secs_f64(limit.seconds());
+                (Process::Host(HostExec::start(self.directory.workspace(), exec.command, life)), None)
+            }
+        };
+        conduct(&mut process, machine, limit, sink, cancel).await
+    }
+
+    /// Writes the end of a command down, then tells it.
+    async fn finish(self: Arc<Self>, sink: Journaled) {
+        let Journaled { mut writer, caller, progress, .. } = sink;
+        let sequence = writer.entry.sequence;
+        let written = self
+            .engine
+            .blocking(move || {
+                let written = writer.finish();
+                Ok((writer, written))
+            })
+            .await;
+        let entry = match written {
+            Ok((writer, Ok(()))) => Some(writer.entry),
+            Ok((writer, Err(error))) => {
+                super::serve::complain(&format!("the end of command {sequence} could not be recorded: {error}"));
+                self.finish_later(writer);
+                None
+            }
+            Err(error) => {
+                super::serve::complain(&format!("the end of command {sequence} could not be recorded: {error}"));
+                None
+            }
+        };
+        if let (Some(caller), Some(entry)) = (caller, entry) {
+            let ended = event::Kind::Ended(serde_json::to_vec(&entry).unwrap_or_default().into());
+            drop(caller.send(Ok(Event { kind: Some(ended) })).await);
+        }
+        progress.send_modify(|progress| progress.ended = true);
+        self.commands.ended(sequence);
+        // The entry's name becomes durable in its own time.
+        let journal = self.journal.clone();
+        drop(tokio::task::spawn_blocking(move || journal.sync()));
+    }
+
+    /// A full disk does not stay full for ever: an end that could not be written down is tried again until it is, or
+    /// until the task is gone.
+    fn finish_later(self: &Arc<Self>, mut writer: Writer) {
+        const AGAIN: Duration = Duration::from_secs(2);
+        let supervisor = Arc::clone(self);
+        drop(tokio::spawn(async move {
+            let mut gone = supervisor.gone.subscribe();
+            loop {
+                tokio::select! {
+                    _ = gone.wait_for(|gone| *gone) => return,
+                    () = tokio::time::sleep(AGAIN) => {}
+                }
+                match supervisor.engine.blocking(move || { let done = writer.finish(); Ok((writer, done)) }).await {
+                    Ok((_, Ok(()))) | Err(_) => return,
+                    Ok((again, Err(_full))) => writer = again,
+                }
+            }
+        }));
+    }
+
+    /// Tells what a command wrote from these offsets on, as far as its files hold it, until it has ended.
+    pub(super) fn follow(self: &Arc<Self>, sequence: u64, offsets: [u64; 2]) -> Events {
+        let (sender, events) = mpsc::channel(QUEUE);
+        let supervisor = Arc::clone(self);
+        drop(tokio::spawn(async move {
+            let mut gone = supervisor.gone.subscribe();
+            let followed = tokio::select! {
+                // Once there is none to wait for, the caller is let go.
+                _ = gone.wait_for(|gone| *gone) => return,
+                () = sender.closed() => return,
+                followed = supervisor.pass_on(sequence, offsets, &sender) => followed,
+            };
+            if let Err(error) = followed {
+                let error = Error::state(supervisor.directory.path(), &error);
+                drop(sender.send(Err(crate::task::to_status(&error))).await);
+            }
+        }));
+        events
+    }
+
+    async fn pass_on(&self, sequence: u64, mut offsets: [u64; 2], caller: &Caller) -> io::Result<()> {
+        self.commands.begun(sequence).await;
+        drop(caller.send(Ok(Event { kind: Some(event::Kind::Started(sequence)) })).await);
+        let mut progress = self.commands.get(sequence).map(|handle| handle.progress);
+        loop {
+            // What is seen here is in the files; more may be.
+            let ended = match &mut progress {
+                Some(progress) => progress.borrow_and_update().ended,
+                None => true,
+            };
+            for (stream, offset) in [Stream::Stdout, Stream::Stderr].into_iter().zip(&mut offsets) {
+                let reader = self.journal.reader(sequence, stream, *offset)?;
+                let mut reader = tokio::fs::File::from_std(reader);
+                loop {
+                    let mut bytes = Vec::with_capacity(pyro_proto::limits::CHUNK);
+                    let length = reader.read_buf(&mut bytes).await?;
+                    if length == 0 {
+                        break;
+                    }
+                    *offset += length as u64;
+                    if caller.send(Ok(output_event(Chunk { stream, bytes }))).await.is_err() {
+                        return Ok(());
+                    }
+                }
+            }
+            if ended {
+                break;
+            }
+            if let Some(watched) = &mut progress
+                && watched.changed().await.is_err()
+            {
+                progress = None;
+            }
+        }
+        if let Some(entry) = self.journal.entry(sequence)?.filter(|entry| entry.status != EntryStatus::Running) {
+            drop(caller.send(Ok(Event { kind: Some(ended_event(&entry)) })).await);
+        }
+        Ok(())
+    }
+
+    /// Ends one command; it has ended when this returns.
+    pub(super) async fn cancel(&self, sequence: u64) {
+        if let Some(mut handle) = self.commands.get(sequence) {
+            handle.cancel.send_replace(Some(Fault::Cancelled));
+            // The sender goes away with the command.
+            drop(handle.progress.wait_for(|progress| progress.ended).await);
+        }
+    }
+}
+
+/// Puts output into the journal, then before the caller and whoever follows.
+struct Journaled {
+    writer: Writer,
+    /// None: nobody waits for this command, or not any more.
+    caller: Option<Caller>,
+    progress: watch::Sender<Progress>,
+    cancel: Cancel,
+}
+
+impl Sink for Journaled {
+    async fn take(&mut self, chunk: Chunk) -> Result<(), Error> {
+        self.writer.append(chunk.stream, &chunk.bytes).map_err(|error| {
+            let text = format!("the command was ended, because its output could not be written: {error}");
+            Error::new(ErrorKind::HostResources, text)
+        })?;
+        let entry = &self.writer.entry;
+        self.progress.send_modify(|progress| {
+            progress.stdout = entry.stdout_bytes;
+            progress.stderr = entry.stderr_bytes;
+        });
+        if let Some(caller) = &self.caller {
+            let sent = tokio::select! {
+                sent = caller.send(Ok(output_event(chunk))) => sent.is_ok(),
+                // A caller that takes nothing does not hold the end of a command up.
+                _ = self.cancel.asked() => false,
+            };
+            if !sent {
+                self.caller = None;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn output_event(chunk: Chunk) -> Event {
+    let kind = match chunk.stream {
+        Stream::Stdout => event::Kind::Stdout(chunk.bytes.into()),
+        Stream::Stderr => event::Kind::Stderr(chunk.bytes.into()),
+    };
+    Event { kind: Some(kind) }
+}
+
+fn ended_event(entry: &JournalEntry) -> event::Kind {
+    event::Kind::Ended(serde_json::to_vec(entry).unwrap_or_default().into())
+}
+
+/// How a command is told to have ended that could not be sent, or not be brought to its end.
+fn failed(error: &Error) -> Outcome {
+    match error.kind() {
+        ErrorKind::CommandRefused => {
+            Outcome { exit_code: 126, fault: None, words: Some(format!("{error}\n")) }
+        }
+        ErrorKind::HostResources => ended(Fault::DiskFull, 137),
+        _ => ended(Fault::GuestLost, 137),
+    }
+}

@@ -1,0 +1,198 @@
+//! The socket: callers in, answers out; and the two ends that come by themselves, that of the task's life and that of
+//! the host's session.
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixListener;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
+use tokio::io::unix::AsyncFd;
+use tokio::net::{UnixListener as TokioListener, UnixStream};
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
+use tokio_util::io::StreamReader;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::Supervisor;
+use crate::record::Fault;
+use crate::spec::{Command, ExecSpec};
+use crate::task::supervisor_proto::supervisor_server::{Supervisor as Service, SupervisorServer};
+use crate::task::supervisor_proto::{
+    CancelRequest, DeleteRequest, Done, Event, ExecInput, FollowRequest, StartRequest, StopRequest, exec_input,
+};
+use crate::task::to_status;
+
+/// How long callers may take to read their last answer.
+const LAST_ANSWER: Duration = Duration::from_secs(2);
+const WINDOW: u32 = 1 << 20;
+
+/// Answers callers until the task is gone.
+pub(super) async fn until_gone(supervisor: Arc<Supervisor>, listener: UnixListener) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = TokioListener::from_std(listener)?;
+    let mut gone = supervisor.gone.subscribe();
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let life = life(&supervisor)?;
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            _ = gone.wait_for(|gone| *gone) => break,
+            accepted = listener.accept() => {
+                // A caller that went away again, or no descriptor left for it: the next may fare better.
+                if let Ok((stream, _)) = accepted {
+                    connections.spawn(answer(Arc::clone(&supervisor), stream));
+                }
+            }
+            // Connections that have ended are let go of.
+            Some(_) = connections.join_next() => {}
+            over = life.readable() => {
+                over?.retain_ready();
+                let removed = supervisor.remove(Fault::TtlExpired, true).await;
+                if let Err(error) = removed {
+                    complain(&format!("the task's time is up, and it cannot be removed: {error}"));
+                    return Ok(());
+                }
+            }
+            _ = terminate.recv() => {
+                // The host goes down, or an administrator wants this process gone: the disk is left whole.
+                let why = "supervisor_terminated: the task's supervisor was told to end";
+                if let Err(error) = supervisor.stop(Some(why)).await {
+                    complain(&format!("the task could not be stopped: {error}"));
+                }
+                return Ok(());
+            }
+        }
+    }
+    let last_answers = async { while connections.join_next().await.is_some() {} };
+    // Whoever does not read its answer is not waited for.
+    drop(tokio::time::timeout(LAST_ANSWER, last_answers).await);
+    Ok(())
+}
+
+/// Becomes readable when the task's life is over, on a clock that nobody can set and that runs on while the host
+/// sleeps.
+fn life(supervisor: &Supervisor) -> io::Result<AsyncFd<std::os::fd::OwnedFd>> {
+    let left = supervisor.file().life_left().max(Duration::from_millis(1));
+    let timer = rustix::time::timerfd_create(
+        TimerfdClockId::Boottime,
+        TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
+    )?;
+    let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let value = Timespec {
+        tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(left.subsec_nanos()),
+    };
+    let once = Itimerspec { it_interval: zero, it_value: value };
+    rustix::time::timerfd_settime(&timer, TimerfdTimerFlags::empty(), &once)?;
+    #[expect(unsafe_code, reason = "tokio asks for a promise about the descriptor")]
+    // SAFETY: the timer owns its descriptor, and lives in what is made here.
+    unsafe { AsyncFd::register(timer) }.map_err(io::Error::from)
+}
+
+/// One connection, until its caller goes away or the task does.
+async fn answer(supervisor: Arc<Supervisor>, stream: UnixStream) {
+    let mut gone = supervisor.gone.subscribe();
+    let service = TowerToHyperService::new(SupervisorServer::new(Calls(supervisor)));
+    let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    tokio::select! {
+        // A caller that breaks the protocol has only its own connection to lose.
+        _ = &mut connection => return,
+        _ = gone.wait_for(|gone| *gone) => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    drop(connection.await);
+}
+
+/// A line for `supervisor.log`.
+pub(super) fn complain(line: &str) {
+    drop(writeln!(io::stderr(), "{line}"));
+}
+
+/// The calls of the protocol.
+struct Calls(Arc<Supervisor>);
+
+type EventStream = Pin<Box<dyn Stream<Item = Result<Event, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Service for Calls {
+    type ExecStream = EventStream;
+    type FollowStream = EventStream;
+
+    async fn exec(&self, request: Request<Streaming<ExecInput>>) -> Result<Response<EventStream>, Status> {
+        let mut inputs = request.into_inner();
+        let Some(ExecInput { kind: Some(exec_input::Kind::Start(start)) }) = inputs.message().await? else {
+            return Err(Status::invalid_argument("the first input must be a start"));
+        };
+        let command = if start.argv.is_empty() {
+            Command::Shell(String::from_utf8_lossy(&start.shell).into_owned())
+        } else {
+            Command::Argv(start.argv.into_iter().map(Into::into).collect())
+        };
+        let mut exec = ExecSpec::new(command);
+        exec.timeout_seconds = start.timeout_seconds;
+        exec.cwd = String::from_utf8_lossy(&start.cwd).into_owned();
+        if start.stdin {
+            exec.stdin = Some(Box::new(StreamReader::new(stdin(inputs))));
+        }
+        let begun = self.0.exec(exec, start.request_id, start.attached).await;
+        begun.map(stream).map_err(|error| to_status(&error))
+    }
+
+    async fn follow(&self, request: Request<FollowRequest>) -> Result<Response<EventStream>, Status> {
+        let FollowRequest { sequence, stdout_offset, stderr_offset } = request.into_inner();
+        Ok(stream(self.0.follow(sequence, [stdout_offset, stderr_offset])))
+    }
+
+    async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<Done>, Status> {
+        self.0.cancel(request.into_inner().sequence).await;
+        Ok(Response::new(Done {}))
+    }
+
+    async fn start(&self, request: Request<StartRequest>) -> Result<Response<Done>, Status> {
+        let (supervisor, cap) = (Arc::clone(&self.0), request.into_inner().cap);
+        on_its_own(async move { supervisor.start(cap).await }).await
+    }
+
+    async fn stop(&self, _: Request<StopRequest>) -> Result<Response<Done>, Status> {
+        let supervisor = Arc::clone(&self.0);
+        on_its_own(async move { supervisor.stop(None).await }).await
+    }
+
+    async fn delete(&self, _: Request<DeleteRequest>) -> Result<Response<Done>, Status> {
+        let supervisor = Arc::clone(&self.0);
+        on_its_own(async move { supervisor.remove(Fault::Cancelled, false).await }).await
+    }
+}
+
+/// Brings a change to its end also when its caller goes away in the middle.
+async fn on_its_own(
+    change: impl Future<Output = Result<(), crate::Error>> + Send + 'static,
+) -> Result<Response<Done>, Status> {
+    match tokio::spawn(change).await {
+        Ok(Ok(())) => Ok(Response::new(Done {})),
+        Ok(Err(error)) => Err(to_status(&error)),
+        Err(panic) => Err(Status::internal(panic.to_string())),
+    }
+}
+
+/// The bytes of a caller's stdin; it ends when the caller says so, or goes away.
+fn stdin(inputs: Streaming<ExecInput>) -> impl Stream<Item = io::Result<bytes::Bytes>> + Send + Unpin {
+    Box::pin(inputs.map_while(|input| match input.ok()?.kind {
+        Some(exec_input::Kind::Stdin(bytes)) => Some(Ok(bytes)),
+        Some(exec_input::Kind::Start(_) | exec_input::Kind::StdinEnd(_)) | None => None,
+    }))
+}
+
+fn stream(events: super::command::Events) -> Response<EventStream> {
+    Response::new(Box::pin(ReceiverStream::new(events)))
+}

@@ -1,0 +1,339 @@
+//! Commands in a task, seen from the caller: sent once, streamed, and found again in the journal when the connection
+//! to the supervisor broke.
+
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+
+use super::client::supervisor_proto::{
+    Event, ExecInput, ExecStart, FollowRequest, StdinEnd, event, exec_input,
+};
+use super::client::{Client, from_status, is_answer};
+use super::record::Detached;
+use super::{EntryStatus, Found, JournalEntry, TaskFile, is_started, not_started};
+use crate::capture;
+use crate::engine::Engine;
+use crate::error::{Error, ErrorKind};
+use crate::execute::{Outcome, Output, Sink, Subject, ended};
+use crate::files;
+use crate::guest::{Chunk, Stream};
+use crate::observe::{Observer, Phase};
+use crate::record::{ExecResult, Fault};
+use crate::registry::TaskLock;
+use crate::spec::{Command, ExecSpec};
+
+/// Pieces of stdin that may wait for the supervisor.
+const QUEUE: usize = 4;
+
+impl Engine {
+    /// Runs one command in a task. A command that fails is a result. Dropping the future does not end the command:
+    /// that takes [`Engine::cancel_task`].
+    ///
+    /// # Errors
+    /// When the task is not started, or its supervisor is gone and nobody can know whether the command ran.
+    pub async fn exec_task(
+        &self,
+        task_id: &str,
+        exec: ExecSpec,
+        observer: Observer,
+    ) -> Result<ExecResult, Error> {
+        let (mut events, request_id) = self.send(task_id, exec, true).await?;
+        let mut output = Output::new(&observer);
+        match take(&mut events, &observer, &mut output).await? {
+            Some(entry) => self.result(task_id, entry, Some(output)).await,
+            None => self.resolve(task_id, &request_id).await,
+        }
+    }
+
+    /// Starts one command in a task and does not wait for it.
+    ///
+    /// # Errors
+    /// As [`Engine::exec_task`].
+    pub async fn exec_task_detached(&self, task_id: &str, exec: ExecSpec) -> Result<Detached, Error> {
+        let (mut events, request_id) = self.send(task_id, exec, false).await?;
+        let started = |sequence| Detached { task_id: task_id.to_owned(), sequence, status: EntryStatus::Running };
+        while let Ok(Some(event)) = events.message().await {
+            if let Some(event::Kind::Started(sequence)) = event.kind {
+                return Ok(started(sequence));
+            }
+        }
+        match self.find_request(task_id, &request_id).await? {
+            Some(entry) => Ok(started(entry.sequence)),
+            None => Err(unknown(task_id)),
+        }
+    }
+
+    /// Waits for a command of a task that is running or has ended, and gives its output from the beginning.
+    ///
+    /// # Errors
+    /// When there is no such task or command.
+    pub async fn attach_task(
+        &self,
+        task_id: &str,
+        sequence: u64,
+        observer: Observer,
+    ) -> Result<ExecResult, Error> {
+        let entry = self.entry(task_id, sequence).await?.ok_or_else(|| no_command(task_id, sequence))?;
+        if entry.status == EntryStatus::Running
+            && let Found::Supervised(mut client) = self.find_task(task_id).await?
+        {
+            let mut output = Output::new(&observer);
+            let mut events = follow(&mut client, sequence).await?;
+            if let Some(entry) = take(&mut events, &observer, &mut output).await? {
+                return self.result(task_id, entry, Some(output)).await;
+            }
+        }
+        let entry = self.entry(task_id, sequence).await?.ok_or_else(|| no_command(task_id, sequence))?;
+        self.replay(task_id, &entry, &observer).await?;
+        self.result(task_id, entry, None).await
+    }
+
+    /// Waits for the command with this number, which may not have begun, and passes its output on from the
+    /// beginning; its finished entry, or none when the supervisor went away meanwhile.
+    pub(super) async fn follow_task(
+        &self,
+        task_id: &str,
+        sequence: u64,
+        observer: &Observer,
+    ) -> Result<Option<JournalEntry>, Error> {
+        let Found::Supervised(mut client) = self.find_task(task_id).await? else { return Ok(None) };
+        let mut events = follow(&mut client, sequence).await?;
+        let mut output = Output::new(observer);
+        take(&mut events, observer, &mut output).await
+    }
+
+    /// Sends a command to the supervisor, once.
+    async fn send(
+        &self,
+        task_id: &str,
+        exec: ExecSpec,
+        attached: bool,
+    ) -> Result<(Streaming<Event>, String), Error> {
+        exec.check()?;
+        let mut client = match self.find_task(task_id).await? {
+            Found::Supervised(client) => client,
+            Found::Alone(..) => return Err(not_started(task_id)),
+        };
+        let request_id = files::random_hex(16).map_err(|error| Error::host("random numbers", &error))?;
+        let (argv, shell) = match exec.command {
+            Command::Argv(words) => (words.into_iter().map(Into::into).collect(), Default::default()),
+            Command::Shell(text) => (Vec::new(), text.into()),
+        };
+        let start = ExecStart {
+            request_id: request_id.clone(),
+            argv,
+            shell,
+            cwd: exec.cwd.into(),
+            stdin: exec.stdin.is_some(),
+            timeout_seconds: exec.timeout_seconds,
+            attached,
+        };
+        let (inputs, receiver) = mpsc::channel(QUEUE);
+        drop(inputs.send(ExecInput { kind: Some(exec_input::Kind::Start(start)) }).await);
+        drop(tokio::spawn(feed(exec.stdin, inputs)));
+        match client.exec(ReceiverStream::new(receiver)).await {
+            Ok(events) => Ok((events, request_id)),
+            Err(status) if is_answer(&status) => Err(from_status(&status)),
+            // It was sent, perhaps; the journal knows.
+            Err(_broken) => match self.find_request(task_id, &request_id).await? {
+                Some(entry) => {
+                    let Found::Supervised(mut client) = self.find_task(task_id).await? else {
+                        return Err(unknown(task_id));
+                    };
+                    Ok((follow(&mut client, entry.sequence).await?, request_id))
+                }
+                None => Err(unknown(task_id)),
+            },
+        }
+    }
+
+    /// The end of a command whose connection broke: what the journal says.
+    async fn resolve(&self, task_id: &str, request_id: &str) -> Result<ExecResult, Error> {
+        match self.find_request(task_id, request_id).await? {
+            Some(entry) if entry.status != EntryStatus::Running => self.result(task_id, entry, None).await,
+            Some(entry) => Err(unknown(task_id)
+                .hint(format!("it is command {}: pyro task logs {task_id} --sequence {}", entry.sequence, entry.sequence))),
+            None => Err(unknown(task_id)),
+        }
+    }
+
+    /// Looks a request up in the journal, after that was put in order where the supervisor is gone.
+    async fn find_request(&self, task_id: &str, request_id: &str) -> Result<Option<JournalEntry>, Error> {
+        let (engine, id, request_id) = (self.clone(), task_id.to_owned(), request_id.to_owned());
+        self.blocking(move || {
+            let registry = &engine.inner.registry;
+            let lock = registry.lock_task(&id)?;
+            let directory = registry.task_directory(&id)?;
+            let found = directory.journal().entry_of_request(&request_id);
+            let found = found.map_err(|error| Error::state(directory.path(), &error))?;
+            match (&lock, &found) {
+                // The entry precedes the command: without one, and without a supervisor, nothing ran.
+                (TaskLock::Free(..), None) => {
+                    let text = format!("the supervisor of task '{id}' ended before it took the command; nothing ran");
+                    Err(Error::new(ErrorKind::WrongState, text).hint(format!("start it: pyro task start {id}")))
+                }
+                _ => Ok(found),
+            }
+        })
+        .await
+    }
+
+    pub(super) async fn entry(&self, task_id: &str, sequence: u64) -> Result<Option<JournalEntry>, Error> {
+        let (engine, id) = (self.clone(), task_id.to_owned());
+        self.blocking(move || {
+            let registry = &engine.inner.registry;
+            drop(registry.lock_task(&id)?);
+            let directory = registry.task_directory(&id)?;
+            directory.journal().entry(sequence).map_err(|error| Error::state(directory.path(), &error))
+        })
+        .await
+    }
+
+    /// Passes what the journal holds of a command on.
+    async fn replay(&self, task_id: &str, entry: &JournalEntry, observer: &Observer) -> Result<(), Error> {
+        let directory = self.inner.registry.task_directory(task_id)?;
+        let mut output = Output::new(observer);
+        for stream in [Stream::Stdout, Stream::Stderr] {
+            let failed = |error: std::io::Error| Error::state(directory.path(), &error);
+            let reader = directory.journal().reader(entry.sequence, stream, 0).map_err(failed)?;
+            let mut reader = tokio::fs::File::from_std(reader);
+            loop {
+                let mut bytes = Vec::with_capacity(pyro_proto::limits::CHUNK);
+                if reader.read_buf(&mut bytes).await.map_err(failed)? == 0 {
+                    break;
+                }
+                output.take(Chunk { stream, bytes }).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The result of a command that has ended; its output is what came, or what the journal holds.
+    async fn result(
+        &self,
+        task_id: &str,
+        entry: JournalEntry,
+        output: Option<Output<'_>>,
+    ) -> Result<ExecResult, Error> {
+        let (engine, id, sequence) = (self.clone(), task_id.to_owned(), entry.sequence);
+        let read = output.is_none();
+        let looked_up = self
+            .blocking(move || {
+                let registry = &engine.inner.registry;
+                let directory = registry.task_directory(&id)?;
+                let failed = |error: std::io::Error| Error::state(directory.path(), &error);
+                let file = TaskFile::read(&directory)?.ok_or_else(|| registry.missing("task", &id))?;
+                let text = |stream| directory.journal().text(sequence, stream, capture::LIMIT as u64).map_err(failed);
+                let texts = if read { Some((text(Stream::Stdout)?, text(Stream::Stderr)?)) } else { None };
+                Ok((file, texts))
+            })
+            .await;
+        // A task that was deleted over its command still gives the command's end.
+        let (file, texts) = match looked_up {
+            Ok((file, texts)) => (Some(file), texts),
+            Err(error) if output.is_some() && error.kind() == ErrorKind::NotFound => (None, None),
+            Err(error) => return Err(error),
+        };
+        let file = file.as_ref();
+        let subject = Subject {
+            vm_id: None,
+            task_id: Some(task_id.to_owned()),
+            environment: file.map_or_else(String::new, |file| file.environment.clone()),
+            environment_version: file.map_or_else(String::new, |file| file.environment_version.clone()),
+            execution_mode: entry.execution_mode.clone(),
+            isolation: file.map_or_else(String::new, |file| file.isolation.clone()),
+            start_mode: file.map_or_else(String::new, |file| file.start_mode.clone()),
+        };
+        let nobody = Observer::none();
+        let output = output.unwrap_or_else(|| Output::new(&nobody));
+        let exit_code = entry.exit_code.unwrap_or_else(|| ended(Fault::GuestLost, 137).exit_code);
+        // Whatever there is to say is at the end of stderr already.
+        let outcome = Outcome { exit_code, fault: entry.fault, words: None };
+        let mut result =
+            output.result(subject, entry.command, outcome, entry.duration_ms.unwrap_or_default()).await;
+        if let Some(((stdout, stdout_cut), (stderr, stderr_cut))) = texts {
+            (result.stdout, result.stderr) = (stdout, stderr);
+            (result.stdout_truncated, result.stderr_truncated) = (stdout_cut, stderr_cut);
+        }
+        result.stdout_bytes = entry.stdout_bytes;
+        result.stderr_bytes = entry.stderr_bytes;
+        result.sequence = Some(entry.sequence);
+        result.cwd = Some(entry.cwd);
+        Ok(result)
+    }
+}
+
+/// Takes events until the command's end; none when the connection broke first.
+async fn take(
+    events: &mut Streaming<Event>,
+    observer: &Observer,
+    output: &mut Output<'_>,
+) -> Result<Option<JournalEntry>, Error> {
+    loop {
+        let kind = match events.message().await {
+            Ok(Some(event)) => event.kind,
+            Ok(None) => return Ok(None),
+            Err(status) if is_answer(&status) => return Err(from_status(&status)),
+            Err(_broken) => return Ok(None),
+        };
+        match kind {
+            Some(event::Kind::Started(sequence)) => observer.tell(Phase::Sequence(sequence)),
+            Some(event::Kind::Stdout(bytes)) => {
+                output.take(Chunk { stream: Stream::Stdout, bytes: bytes.into() }).await?;
+            }
+            Some(event::Kind::Stderr(bytes)) => {
+                output.take(Chunk { stream: Stream::Stderr, bytes: bytes.into() }).await?;
+            }
+            Some(event::Kind::Ended(entry)) => {
+                let entry = serde_json::from_slice(&entry);
+                return entry.map(Some).map_err(|error| Error::host("the supervisor's answer", &error));
+            }
+            None => {}
+        }
+    }
+}
+
+async fn follow(client: &mut Client, sequence: u64) -> Result<Streaming<Event>, Error> {
+    let request = FollowRequest { sequence, stdout_offset: 0, stderr_offset: 0 };
+    client.follow(request).await.map_err(|status| from_status(&status))
+}
+
+/// Gives the caller's input to the supervisor as fast as the command takes it.
+async fn feed(stdin: Option<Box<dyn AsyncRead + Send + Unpin>>, inputs: mpsc::Sender<ExecInput>) {
+    if let Some(mut stdin) = stdin {
+        let mut buffer = vec![0; pyro_proto::limits::CHUNK];
+        loop {
+            let length = tokio::select! {
+                read = stdin.read(&mut buffer) => read.unwrap_or(0),
+                () = inputs.closed() => return,
+            };
+            let kind = match length {
+                0 => exec_input::Kind::StdinEnd(StdinEnd {}),
+                length => exec_input::Kind::Stdin(buffer[..length].to_vec().into()),
+            };
+            if inputs.send(ExecInput { kind: Some(kind) }).await.is_err() || length == 0 {
+                break;
+            }
+        }
+    }
+    // The call's request side stays open, so that its end never looks like the caller's going away.
+    inputs.closed().await;
+}
+
+fn unknown(task_id: &str) -> Error {
+    let text = format!(
+        "the connection to the supervisor of task '{task_id}' broke after the command was sent; it may have run"
+    );
+    Error::new(ErrorKind::OutcomeUnknown, text).hint(format!("see what became of it: pyro task logs {task_id}"))
+}
+
+fn no_command(task_id: &str, sequence: u64) -> Error {
+    let text = format!("task '{task_id}' has no command {sequence}");
+    Error::new(ErrorKind::NotFound, text).hint(format!("list its commands: pyro task logs {task_id}"))
+}
+
+/// Whether a task can run commands, by its record.
+pub(super) fn runs(file: &TaskFile) -> bool {
+    is_started(file)
+}

@@ -1,0 +1,208 @@
+//! The durable record of a task: a file in its directory, replaced whole whenever its state changes.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, ErrorKind};
+use crate::files::{self, Place};
+use crate::record::VmState;
+use crate::registry::now;
+use crate::task::TaskDirectory;
+
+/// The layout that this pyro writes and the newest that it reads.
+pub(crate) const LAYOUT_VERSION: u32 = 1;
+const MOST_BYTES: u64 = 256 << 10;
+
+/// What is known about a task, as it is on disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct TaskFile {
+    pub(crate) layout_version: u32,
+    pub(crate) task_id: String,
+    pub(crate) environment: String,
+    pub(crate) environment_version: String,
+    /// The root image that the disk was made upon; empty for a task on the host.
+    pub(crate) environment_digest: String,
+    pub(crate) vcpu_count: u8,
+    pub(crate) mem_mib: u32,
+    pub(crate) disk_mib: u32,
+    pub(crate) ttl_seconds: u32,
+    pub(crate) allow_host_compat: bool,
+    pub(crate) created_at: f64,
+    pub(crate) expires_at: f64,
+    /// The boot of the host in which it was made, and when it expires on that boot's clock, in seconds: a clock
+    /// that nobody can set.
+    pub(crate) boot_id: String,
+    pub(crate) expires_at_boottime: f64,
+    pub(crate) machine_id: String,
+    pub(crate) state: VmState,
+    pub(crate) execution_mode: String,
+    pub(crate) isolation: String,
+    pub(crate) start_mode: String,
+    #[serde(default)]
+    pub(crate) metadata: BTreeMap<String, String>,
+    #[serde(default)]
+    pub(crate) last_error: Option<String>,
+}
+
+/// Why a record cannot be read.
+#[derive(Debug)]
+pub(crate) enum TaskFileError {
+    /// A newer pyro wrote it: it is left alone.
+    Newer(Error),
+    /// It is no record.
+    Damaged(Error),
+}
+
+impl From<TaskFileError> for Error {
+    fn from(error: TaskFileError) -> Self {
+        match error {
+            TaskFileError::Newer(error) | TaskFileError::Damaged(error) => error,
+        }
+    }
+}
+
+impl TaskFile {
+    /// Reads the record of a task; none where there is none.
+    pub(crate) fn read(directory: &TaskDirectory) -> Result<Option<Self>, TaskFileError> {
+        #[derive(Deserialize)]
+        struct Layout {
+            layout_version: u32,
+        }
+        let path = directory.record();
+        let damaged = |what: String| {
+            let text = format!("'{}' is no record of a task: {what}", path.display());
+            TaskFileError::Damaged(Error::new(ErrorKind::Damaged, text))
+        };
+        let bytes = match files::read_bounded(&path, MOST_BYTES) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => return Err(damaged(error.to_string())),
+            // It may be readable another time: a full table of files is no damage.
+            Err(error) => return Err(TaskFileError::Newer(Error::state(&path, &error))),
+        };
+        let layout: Layout = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+        if layout.layout_version > LAYOUT_VERSION {
+            let text = format!(
+                "'{}' has layout {}; this pyro knows {LAYOUT_VERSION}",
+                path.display(),
+                layout.layout_version
+            );
+            return Err(TaskFileError::Newer(
+                Error::new(ErrorKind::Damaged, text).hint("use the newer pyro that wrote it"),
+            ));
+        }
+        serde_json::from_slice(&bytes).map(Some).map_err(|error| damaged(error.to_string()))
+    }
+
+    /// Replaces the record, durably.
+    pub(crate) fn write(&self, directory: &TaskDirectory) -> io::Result<()> {
+        let bytes = serde_json::to_vec_pretty(self).map_err(io::Error::other)?;
+        files::put(&directory.record(), &bytes, Place::Taken)?;
+        files::sync_directory(directory.path())
+    }
+
+    /// What is left of its life: by the clock of this boot, else by the wall's.
+    pub(crate) fn life_left(&self) -> Duration {
+        let left = if self.has_rebooted() { self.expires_at - now() } else { self.expires_at_boottime - boottime() };
+        Duration::try_from_secs_f64(left).unwrap_or(Duration::ZERO)
+    }
+
+    pub(crate) fn has_expired(&self) -> bool {
+        self.life_left().is_zero()
+    }
+
+    /// Whether the host has booted since the task was made.
+    pub(crate) fn has_rebooted(&self) -> bool {
+        self.boot_id != boot_id()
+    }
+
+    /// Tells in the record that the supervisor is gone, where it says that the task runs.
+    pub(crate) fn note_lost_supervisor(&mut self) -> bool {
+        if self.state != VmState::Started {
+            return false;
+        }
+        self.state = VmState::Stopped;
+        self.last_error = Some(if self.has_rebooted() {
+            "host_restarted: the host was restarted, and the guest with it".to_owned()
+        } else {
+            "supervisor_lost: the task's supervisor was killed, and its guest with it".to_owned()
+        });
+        true
+    }
+}
+
+/// The kernel's name for this boot; empty where it does not tell.
+pub(crate) fn boot_id() -> String {
+    let text = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    String::from_utf8_lossy(&text).trim().to_owned()
+}
+
+/// Seconds since the host's boot, suspends included.
+pub(crate) fn boottime() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let nanos = u32::try_from(time.tv_nsec).unwrap_or_default();
+    (Duration::from_secs(time.tv_sec.unsigned_abs()) + Duration::from_nanos(u64::from(nanos))).as_secs_f64()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn file(id: &str) -> TaskFile {
+        TaskFile {
+            layout_version: LAYOUT_VERSION,
+            task_id: id.to_owned(),
+            environment: "debian:12".to_owned(),
+            environment_version: "1.0.0".to_owned(),
+            environment_digest: "0".repeat(64),
+            vcpu_count: 1,
+            mem_mib: 1024,
+            disk_mib: 8192,
+            ttl_seconds: 600,
+            allow_host_compat: false,
+            created_at: now(),
+            expires_at: now() + 600.0,
+            boot_id: boot_id(),
+            expires_at_boottime: boottime() + 600.0,
+            machine_id: "0".repeat(32),
+            state: VmState::Started,
+            execution_mode: "guest_serial".to_owned(),
+            isolation: "qemu-tcg".to_owned(),
+            start_mode: "cold".to_owned(),
+            metadata: BTreeMap::new(),
+            last_error: None,
+        }
+    }
+
+    #[test]
+    fn a_record_comes_back_and_a_newer_one_is_left_alone() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let directory = TaskDirectory::new(dir.path().to_owned());
+        assert!(TaskFile::read(&directory).expect("none").is_none());
+        let file = file("0123456789ab");
+        file.write(&directory).expect("written");
+        assert_eq!(TaskFile::read(&directory).expect("read"), Some(file));
+        fs_err::write(directory.record(), r#"{"layout_version": 2}"#).expect("written");
+        assert!(matches!(TaskFile::read(&directory), Err(TaskFileError::Newer(_))));
+        for damage in ["", "{", "[]", r#"{"layout_version": 1}"#, "\0\0\0\0"] {
+            fs_err::write(directory.record(), damage).expect("written");
+            assert!(matches!(TaskFile::read(&directory), Err(TaskFileError::Damaged(_))), "{damage:?}");
+        }
+        fs_err::write(directory.record(), vec![b' '; 300 << 10]).expect("written");
+        assert!(matches!(TaskFile::read(&directory), Err(TaskFileError::Damaged(_))), "a giant");
+    }
+
+    #[test]
+    fn the_clock_of_the_wall_counts_only_after_a_restart_of_the_host() {
+        let mut file = file("0123456789ab");
+        file.expires_at = 0.0;
+        assert!(!file.has_expired(), "the wall's clock has jumped");
+        file.boot_id = "another boot".to_owned();
+        assert!(file.has_expired());
+        file.expires_at = now() + 60.0;
+        assert!(!file.has_expired());
+    }
+}

@@ -1,0 +1,127 @@
+//! Reading a task's journal: what was asked for and nothing else.
+
+use super::record::{LogEntry, LogQuery, TaskLogs};
+use super::{EntryStatus, JournalEntry, TaskFile};
+use crate::capture;
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::guest::Stream;
+use crate::observe::Observer;
+use crate::task::journal::Journal;
+
+impl Engine {
+    /// Commands of a task with their output, in the order of their numbers; one that runs has what came so far.
+    ///
+    /// # Errors
+    /// When there is no such task.
+    pub async fn logs_task(&self, task_id: &str, query: LogQuery) -> Result<TaskLogs, Error> {
+        let (engine, id) = (self.clone(), task_id.to_owned());
+        self.blocking(move || {
+            let registry = &engine.inner.registry;
+            drop(registry.lock_task(&id)?);
+            let directory = registry.task_directory(&id)?;
+            let entries = read(&directory.journal(), query);
+            let entries = entries.map_err(|error| Error::state(directory.path(), &error))?;
+            Ok(TaskLogs { task_id: id, count: entries.len(), entries })
+        })
+        .await
+    }
+
+    /// Waits for the command with this number, which may not have begun yet, passes its output on from the beginning,
+    /// and returns its entry when it has ended; none when the task has stopped and there will be no such command.
+    ///
+    /// # Errors
+    /// When there is no such task, or the observer's reader went away.
+    pub async fn follow_command(
+        &self,
+        task_id: &str,
+        sequence: u64,
+        observer: &Observer,
+    ) -> Result<Option<JournalEntry>, Error> {
+        loop {
+            if let Some(entry) = self.follow_task(task_id, sequence, observer).await? {
+                return Ok(Some(entry));
+            }
+            // The supervisor went away: what it has left is in order now.
+            match self.entry(task_id, sequence).await? {
+                Some(entry) if entry.status == EntryStatus::Running => {}
+                other => return Ok(other),
+            }
+        }
+    }
+
+    /// Whether a task runs commands now.
+    ///
+    /// # Errors
+    /// When there is no such task.
+    pub async fn runs_commands(&self, task_id: &str) -> Result<bool, Error> {
+        let (engine, id) = (self.clone(), task_id.to_owned());
+        self.blocking(move || {
+            let registry = &engine.inner.registry;
+            drop(registry.lock_task(&id)?);
+            let file = TaskFile::read(&registry.task_directory(&id)?)?;
+            Ok(file.as_ref().is_some_and(super::exec::runs))
+        })
+        .await
+    }
+}
+
+fn read(journal: &Journal, query: LogQuery) -> std::io::Result<Vec<LogEntry>> {
+    let mut sequences = journal.sequences()?;
+    sequences.retain(|sequence| *sequence >= query.since_sequence);
+    if let Some(limit) = query.limit {
+        sequences.drain(..sequences.len().saturating_sub(limit));
+    }
+    let mut budget = query.max_bytes.unwrap_or(u64::MAX);
+    let mut entries = Vec::with_capacity(sequences.len());
+    for sequence in sequences {
+        let Some(entry) = journal.entry(sequence)? else { continue };
+        let mut text = |stream| -> std::io::Result<(String, bool)> {
+            let (text, cut) = journal.text(sequence, stream, budget.min(capture::LIMIT as u64))?;
+            budget = budget.saturating_sub(text.len() as u64);
+            Ok((text, cut))
+        };
+        let (stdout, stdout_cut) = text(Stream::Stdout)?;
+        let (stderr, stderr_cut) = text(Stream::Stderr)?;
+        entries.push(LogEntry {
+            stdout_truncated: stdout_cut || entry.stdout_dropped_bytes > 0,
+            stderr_truncated: stderr_cut || entry.stderr_dropped_bytes > 0,
+            entry,
+            stdout,
+            stderr,
+        });
+    }
+    Ok(entries)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::journal::NewEntry;
+
+    #[test]
+    fn only_what_is_asked_for_is_read() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let journal = Journal::new(dir.path().to_owned());
+        for sequence in 1..=20 {
+            let new = NewEntry {
+                command: format!("command {sequence}"),
+                cwd: "/workspace".to_owned(),
+                execution_mode: "guest_serial".to_owned(),
+                request_id: String::new(),
+            };
+            let mut writer = journal.begin(sequence, new).expect("begun");
+            writer.append(Stream::Stdout, &vec![b'x'; 1000]).expect("written");
+        }
+        // An entry that nobody asked for may be damaged: it is not even opened.
+        fs_err::write(dir.path().join("000001.json"), "damaged").expect("written");
+        let query = LogQuery { since_sequence: 5, limit: Some(4), max_bytes: Some(2500) };
+        let entries = read(&journal, query).expect("read");
+        let numbers: Vec<u64> = entries.iter().map(|entry| entry.entry.sequence).collect();
+        assert_eq!(numbers, [17, 18, 19, 20]);
+        assert!(entries.iter().map(|entry| entry.stdout.len()).sum::<usize>() < 3000);
+        assert!(!entries[1].stdout_truncated && entries[2].stdout_truncated && entries[3].stdout_truncated);
+        assert!(dir.path().join("000001.json").exists());
+        assert_eq!(read(&journal, LogQuery::default()).expect("read").len(), 20);
+    }
+}
