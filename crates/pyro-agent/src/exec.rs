@@ -160,12 +160,7 @@ impl Running {
         Ok(Self { process: Process { pid, cgroup, ended, status: None }, began, stdin, stdout, stderr })
     }
 
-    async fn finish(
-        self,
-        command: &Command,
-        inputs: Streaming<ExecInput>,
-        events: &Events,
-    ) -> ExecExited {
+    async fn finish(self, command: &Command, inputs: Streaming<ExecInput>, events: &Events) -> ExecExited {
         let mut process = self.process;
         let pid = u32::try_from(process.pid.as_raw_nonzero().get()).unwrap_or(0);
         let started = exec_event::Kind::Started(ExecStarted { pid });
@@ -376,7 +371,9 @@ fn refused(error: &io::Error, what: &str) -> ExecRefused {
         io::ErrorKind::NotFound => exec_refused::Reason::NotFound,
         io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory => exec_refused::Reason::NotExecutable,
         io::ErrorKind::WouldBlock | io::ErrorKind::OutOfMemory => exec_refused::Reason::NoResources,
-        _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => exec_refused::Reason::NoResources,
+        _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+            exec_refused::Reason::NoResources
+        }
         _ if error.raw_os_error() == Some(libc::ENOEXEC) => exec_refused::Reason::NotExecutable,
         _ => exec_refused::Reason::Other,
     };

@@ -59,7 +59,11 @@ pub(crate) fn open() -> io::Result<(FromHost, ToHost)> {
 struct KeptOpen<W>(W);
 
 impl<W: AsyncWrite + Unpin> AsyncWrite for KeptOpen<W> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.0).poll_write(context, bytes)
     }
 
@@ -120,7 +124,8 @@ mod tests {
     #[tokio::test]
     async fn the_end_of_a_conversation_does_not_close_the_port() {
         let (outgoing, mut to_send) = mpsc::channel::<Bytes>(4);
-        let sink = PollSender::new(outgoing).sink_map_err(|_closed| io::Error::from(io::ErrorKind::BrokenPipe));
+        let sink =
+            PollSender::new(outgoing).sink_map_err(|_closed| io::Error::from(io::ErrorKind::BrokenPipe));
         let mut to_host = KeptOpen(SinkWriter::new(CopyToBytes::new(sink)));
         to_host.write_all(b"first").await.expect("written");
         to_host.shutdown().await.expect("flushed");

@@ -106,8 +106,11 @@ impl Printer {
     pub(crate) fn phase(&self, prefix: &str, words: &str) {
         self.settle();
         let elapsed = self.inner.began.elapsed();
-        let time =
-            if elapsed > WORTH_TELLING { format!(" elapsed_ms={}", elapsed.as_millis()) } else { String::new() };
+        let time = if elapsed > WORTH_TELLING {
+            format!(" elapsed_ms={}", elapsed.as_millis())
+        } else {
+            String::new()
+        };
         self.say(&format!("[{prefix}] {words}{time}"));
     }
 
@@ -161,7 +164,8 @@ impl Printer {
     pub(crate) fn lost(&self) -> Option<Failure> {
         self.settle();
         self.state().lost.take().map(|error| {
-            Failure::host("the output could not be written", &error).hint("make room where stdout goes, then try again")
+            Failure::host("the output could not be written", &error)
+                .hint("make room where stdout goes, then try again")
         })
     }
 

@@ -20,7 +20,9 @@ fn check_memory(available: Option<u64>, mem_mib: u32) -> Result<(), Error> {
     let needed = u64::from(mem_mib) + OVERHEAD_MIB;
     match available {
         Some(available) if available < needed => {
-            let text = format!("not enough memory: {needed} MiB needed for a guest of {mem_mib} MiB, {available} MiB available");
+            let text = format!(
+                "not enough memory: {needed} MiB needed for a guest of {mem_mib} MiB, {available} MiB available"
+            );
             Err(Error::new(ErrorKind::HostResources, text)
                 .hint("stop or delete machines, or ask for less with --mem-mib (mem_mib)"))
         }
@@ -32,7 +34,8 @@ fn check_disk(state_dir: &Path, free: Option<u64>) -> Result<(), Error> {
     match free {
         Some(free) if free < DISK_FLOOR_MIB => {
             let dir = state_dir.display();
-            let text = format!("not enough disk space in '{dir}': {DISK_FLOOR_MIB} MiB needed, {free} MiB free");
+            let text =
+                format!("not enough disk space in '{dir}': {DISK_FLOOR_MIB} MiB needed, {free} MiB free");
             Err(Error::new(ErrorKind::HostResources, text)
                 .hint("delete tasks, free some disk space, or set PYRO_STATE_DIR to a larger file system"))
         }
@@ -42,7 +45,7 @@ fn check_disk(state_dir: &Path, free: Option<u64>) -> Result<(), Error> {
 
 /// What the kernel says that programs can still have; none where it does not tell.
 fn available_memory_mib() -> Option<u64> {
-    let text = std::fs::read("/proc/meminfo").ok()?;
+    let text = fs_err::read("/proc/meminfo").ok()?;
     let text = String::from_utf8_lossy(&text);
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib >> 10)

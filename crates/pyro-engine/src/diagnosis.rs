@@ -144,7 +144,10 @@ impl Diagnosis {
         }
         let found = engine.as_ref().map(Engine::found_at_open).unwrap_or_default();
         for problem in found.problems {
-            issues.push(Issue { issue: problem, remedy: "remove what it names, or mend its owner and mode".to_owned() });
+            issues.push(Issue {
+                issue: problem,
+                remedy: "remove what it names, or mend its owner and mode".to_owned(),
+            });
         }
         let runtime_ok = vmm.is_some() && (buildable || !cache.installed.is_empty());
         Self {
@@ -167,7 +170,8 @@ impl Diagnosis {
             },
             networking: Networking {
                 tun_available: Path::new("/dev/net/tun").exists(),
-                ip_forward_enabled: std::fs::read("/proc/sys/net/ipv4/ip_forward").is_ok_and(|text| text.starts_with(b"1")),
+                ip_forward_enabled: fs_err::read("/proc/sys/net/ipv4/ip_forward")
+                    .is_ok_and(|text| text.starts_with(b"1")),
             },
             environment_cache: cache,
             state: State::look(engine.as_ref(), config),
@@ -218,8 +222,9 @@ impl EnvironmentCache {
 impl State {
     fn look(engine: Option<&Engine>, config: &EngineConfig) -> Self {
         let ids = engine.map(|engine| engine.inner.registry.task_ids()).unwrap_or_default();
-        let directories =
-            ids.iter().filter_map(|id| engine.and_then(|engine| engine.inner.registry.task_directory(id).ok()));
+        let directories = ids
+            .iter()
+            .filter_map(|id| engine.and_then(|engine| engine.inner.registry.task_directory(id).ok()));
         Self {
             dir: config.state_dir.display().to_string(),
             free_mib: free_disk_mib(&config.state_dir),

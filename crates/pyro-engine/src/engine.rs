@@ -182,7 +182,8 @@ impl Engine {
     /// True once for each state directory and topic: whether something should be told that is told only once.
     pub fn tells_first(&self, topic: &str) -> bool {
         let safe = !topic.is_empty() && topic.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
-        safe && std::fs::File::create_new(self.inner.registry.state_dir().join(format!("told-{topic}"))).is_ok()
+        safe && std::fs::File::create_new(self.inner.registry.state_dir().join(format!("told-{topic}")))
+            .is_ok()
     }
 
     /// Checks what can be checked before anything is made.

@@ -160,7 +160,8 @@ impl From<pyro_image::ImageError> for Error {
 impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
         let text = format!("the registry: {error}");
-        Self::new(ErrorKind::Host, text).hint("free some disk space, check the state directory's owner and mode, or set PYRO_STATE_DIR")
+        Self::new(ErrorKind::Host, text)
+            .hint("free some disk space, check the state directory's owner and mode, or set PYRO_STATE_DIR")
     }
 }
 

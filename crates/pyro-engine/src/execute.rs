@@ -24,7 +24,7 @@ const EXIT_GRACE: Duration = Duration::from_secs(2);
 
 /// A command that was sent.
 pub(crate) enum Process {
-    Guest(Exec),
+    Guest(Box<Exec>),
     Host(HostExec),
 }
 
@@ -92,7 +92,7 @@ impl Process {
         spec.timeout_seconds = limit.seconds();
         let sent = tokio::time::timeout(limit.duration() + GUEST_MARGIN, running.guest.exec(spec)).await;
         match sent {
-            Ok(Ok(exec)) => Ok(Self::Guest(exec)),
+            Ok(Ok(exec)) => Ok(Self::Guest(Box::new(exec))),
             Ok(Err(status)) if was_refused(&status) => {
                 let text = format!("the guest refused the command: {}", safe(status.message()));
                 Err(Error::new(ErrorKind::CommandRefused, text))
@@ -283,6 +283,11 @@ pub(crate) struct Subject {
 impl<'a> Output<'a> {
     pub(crate) fn new(observer: &'a Observer) -> Self {
         Self { stdout: Capture::default(), stderr: Capture::default(), observer }
+    }
+
+    /// How much of each stream has come.
+    pub(crate) fn totals(&self) -> [u64; 2] {
+        [self.stdout.total(), self.stderr.total()]
     }
 
     /// The result of a command that has ended.

@@ -60,7 +60,8 @@ impl HostExec {
         if let Some(chunk) = self.chunks.recv().await {
             return Event::Output(chunk);
         }
-        let lost = || Event::Exited(ExecExited { status: Some(ExitStatus::Signal(9)), ..ExecExited::default() });
+        let lost =
+            || Event::Exited(ExecExited { status: Some(ExitStatus::Signal(9)), ..ExecExited::default() });
         match self.end.take() {
             Some(end) => end.await.unwrap_or_else(|_panic| lost()),
             None => lost(),
@@ -322,7 +323,9 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_not_there_or_no_program_is_refused_as_in_a_guest() {
-        for (name, expected) in [("no-such-program", Reason::NotFound), ("/etc/passwd", Reason::NotExecutable)] {
+        for (name, expected) in
+            [("no-such-program", Reason::NotFound), ("/etc/passwd", Reason::NotExecutable)]
+        {
             let (end, _) = collect(Command::argv([name]), Duration::from_secs(30)).await;
             let Event::Refused(refused) = end else { panic!("{name} was run") };
             assert_eq!(refused.reason(), expected);

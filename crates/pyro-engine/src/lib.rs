@@ -34,9 +34,7 @@ mod supervisor;
 mod task;
 mod vm;
 
-pub use diagnosis::{
-    Capabilities, Diagnosis, EnvironmentCache, Issue, Kvm, Networking, State, VmmFacts,
-};
+pub use diagnosis::{Capabilities, Diagnosis, EnvironmentCache, Issue, Kvm, Networking, State, VmmFacts};
 pub use engine::{Engine, EngineConfig, Reaped};
 pub use error::{Error, ErrorKind};
 pub use guest::{Chunk, Stream};

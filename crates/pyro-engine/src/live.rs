@@ -133,7 +133,9 @@ impl Live {
     /// Makes the directory that commands on the host may use.
     pub(crate) fn move_to_host(&self) -> Result<(), Error> {
         match fs_err::create_dir(self.workspace()) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(Error::host("the workspace", &error)),
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(Error::host("the workspace", &error))
+            }
             _ => Ok(()),
         }
     }
@@ -209,7 +211,8 @@ impl Drop for Live {
 impl Identity {
     /// That of a machine which has never been: its id and a new machine-id.
     pub(crate) fn fresh(id: &str) -> Result<Self, Error> {
-        let machine_id = crate::files::random_hex(16).map_err(|error| Error::host("random numbers", &error))?;
+        let machine_id =
+            crate::files::random_hex(16).map_err(|error| Error::host("random numbers", &error))?;
         Ok(Self { hostname: format!("pyro-{id}"), machine_id })
     }
 }

@@ -80,7 +80,9 @@ impl Command {
     /// What is run, by name.
     pub(crate) fn program(&self) -> String {
         match self {
-            Self::Argv(words) => words.first().map_or_else(String::new, |word| String::from_utf8_lossy(word).into_owned()),
+            Self::Argv(words) => {
+                words.first().map_or_else(String::new, |word| String::from_utf8_lossy(word).into_owned())
+            }
             Self::Shell(_) => "/bin/sh".to_owned(),
         }
     }

@@ -42,7 +42,12 @@ fn lines(found: &Diagnosis) -> Vec<String> {
             || "VMM: none".to_owned(),
             |vmm| format!("VMM: {} {} ({}) sandbox={}", vmm.name, vmm.version, vmm.binary, word(vmm.sandbox)),
         ),
-        format!("Environment cache: {} installed={} free={}", cache.dir, list(&cache.installed), mib(cache.free_mib)),
+        format!(
+            "Environment cache: {} installed={} free={}",
+            cache.dir,
+            list(&cache.installed),
+            mib(cache.free_mib)
+        ),
         format!(
             "State: {} free={} live={} of {} tasks={} task_disk={} MiB",
             state.dir,
@@ -65,12 +70,20 @@ fn lines(found: &Diagnosis) -> Vec<String> {
             word(found.networking.tun_available),
             word(found.networking.ip_forward_enabled)
         ),
-        format!("Orphans: {}", if found.orphans.is_empty() { "none".to_owned() } else { format!("{} (removed now)", list(&found.orphans)) }),
+        format!(
+            "Orphans: {}",
+            if found.orphans.is_empty() {
+                "none".to_owned()
+            } else {
+                format!("{} (removed now)", list(&found.orphans))
+            }
+        ),
     ];
     for check in &found.checks {
         lines.push(format!("{} {}: {}", if check.ok { "PASS" } else { "FAIL" }, check.name, check.detail));
     }
-    lines.push(format!("Issues: {}", if found.issues.is_empty() { "none" } else { "" }).trim_end().to_owned());
+    lines
+        .push(format!("Issues: {}", if found.issues.is_empty() { "none" } else { "" }).trim_end().to_owned());
     for issue in &found.issues {
         lines.push(format!("- {}", issue.issue));
         lines.push(format!("  remedy: {}", issue.remedy));

@@ -39,7 +39,9 @@ pub(crate) async fn dispatch(
             Ok(ExitCode::SUCCESS)
         }
         Verb::Man { command } => manual(&command, printer),
-        Verb::Supervise { .. } => Err(Failure::new("wrong_state", "pyro supervise is started by pyro itself")),
+        Verb::Supervise { .. } => {
+            Err(Failure::new("wrong_state", "pyro supervise is started by pyro itself"))
+        }
     }
 }
 

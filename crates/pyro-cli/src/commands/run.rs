@@ -113,7 +113,9 @@ fn noun(prefix: &str) -> &'static str {
 
 /// Once for each state directory: what software emulation does not promise.
 fn warn_of_emulation(printer: &Printer, engine: &Engine) {
-    if !printer.json() && engine.isolation().is_ok_and(|tier| tier == Isolation::QemuTcg) && engine.tells_first("emulation")
+    if !printer.json()
+        && engine.isolation().is_ok_and(|tier| tier == Isolation::QemuTcg)
+        && engine.tells_first("emulation")
     {
         printer.settle();
         printer.say(

@@ -241,7 +241,8 @@ fn show(record: &TaskRecord, printer: &Printer) {
 /// Seconds until it expires, by the wall's clock.
 fn left(record: &TaskRecord) -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    std::time::Duration::try_from_secs_f64(record.expires_at - now.as_secs_f64()).map_or(0, |left| left.as_secs())
+    std::time::Duration::try_from_secs_f64(record.expires_at - now.as_secs_f64())
+        .map_or(0, |left| left.as_secs())
 }
 
 fn one_line(text: &str) -> String {
@@ -260,7 +261,10 @@ async fn logs(engine: &Engine, args: LogsArgs, printer: &Printer) -> Result<Exit
         logs.entries.retain(|entry| entry.entry.sequence == sequence);
         logs.count = logs.entries.len();
         if logs.entries.is_empty() && !args.follow {
-            return Err(Failure::new("not_found", format!("task '{}' has no command {sequence}", args.task_id)));
+            return Err(Failure::new(
+                "not_found",
+                format!("task '{}' has no command {sequence}", args.task_id),
+            ));
         }
     }
     if printer.json() {

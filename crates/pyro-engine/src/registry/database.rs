@@ -41,7 +41,7 @@ pub(super) fn open(state_dir: &Path) -> Result<(Connection, bool), Error> {
             for end in ["", "-wal", "-shm"] {
                 let old = state_dir.join(format!("{FILE}{end}"));
                 let aside = state_dir.join(format!("{FILE}{end}.damaged"));
-                match std::fs::rename(&old, &aside) {
+                match fs_err::rename(&old, &aside) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
                     _ => {}
                 }

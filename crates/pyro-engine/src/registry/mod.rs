@@ -135,7 +135,8 @@ impl Registry {
             Some(Ok(record)) => Ok(record),
             Some(Err(error)) => {
                 let text = format!("the record of vm '{id}' cannot be read: {error}");
-                Err(Error::new(ErrorKind::Damaged, text).hint("end the process that owns it, or wait for its TTL"))
+                Err(Error::new(ErrorKind::Damaged, text)
+                    .hint("end the process that owns it, or wait for its TTL"))
             }
             None => Err(self.missing("vm", id)),
         }
@@ -193,7 +194,9 @@ impl Registry {
         }
         // A row without a directory: its owner died between the two halves of a removal.
         let orphans = self.ids("vms").map(|ids| {
-            ids.into_iter().filter(|id| !seen.contains(id) && !self.path("vms", id).exists()).collect::<Vec<_>>()
+            ids.into_iter()
+                .filter(|id| !seen.contains(id) && !self.path("vms", id).exists())
+                .collect::<Vec<_>>()
         });
         let removed = orphans.and_then(|ids| {
             for id in &ids {
@@ -296,7 +299,9 @@ impl Registry {
     fn set_aside(&self, dir: &Path) -> Result<PathBuf, Error> {
         let trash = self.state_dir.join("trash").join(dir.file_name().unwrap_or_default());
         match fs_err::rename(dir, &trash) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::state(&self.state_dir, &error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::state(&self.state_dir, &error))
+            }
             _ => Ok(trash),
         }
     }

@@ -52,6 +52,11 @@ impl Registry {
         Ok(())
     }
 
+    /// Where the directory of a task is or was.
+    pub(crate) fn task_path(&self, id: &str) -> TaskDirectory {
+        TaskDirectory::new(self.path("tasks", id))
+    }
+
     /// The directory of a task, where there is one of this name.
     pub(crate) fn task_directory(&self, id: &str) -> Result<TaskDirectory, Error> {
         if !super::is_id(id) {
@@ -64,8 +69,10 @@ impl Registry {
         if self.path("quarantine", id).is_dir() {
             let kept = self.path("quarantine", id);
             let text = format!("task '{id}' is damaged: its record cannot be read");
-            return Err(Error::new(ErrorKind::Damaged, text)
-                .hint(format!("what is left of it is in '{}'; remove it when you are done", kept.display())));
+            return Err(Error::new(ErrorKind::Damaged, text).hint(format!(
+                "what is left of it is in '{}'; remove it when you are done",
+                kept.display()
+            )));
         }
         Err(self.missing("task", id))
     }
@@ -180,9 +187,9 @@ impl Registry {
         }
         drop(repair);
         // A row without a directory: its owner died between the two halves of a removal.
-        let gone = self.ids("tasks").map(|ids| {
-            ids.into_iter().filter(|id| !self.path("tasks", id).exists()).collect::<Vec<_>>()
-        });
+        let gone = self
+            .ids("tasks")
+            .map(|ids| ids.into_iter().filter(|id| !self.path("tasks", id).exists()).collect::<Vec<_>>());
         match gone.and_then(|ids| ids.iter().try_for_each(|id| self.forget_task(id))) {
             Ok(()) => {}
             Err(error) => swept.problems.push(error.to_string()),

@@ -69,10 +69,7 @@ impl Supervisor {
             memory_mib: file.mem_mib,
             // What the guest has synced is kept, also when the host goes down.
             disk: DiskCache::Writeback,
-            identity: Identity {
-                hostname: format!("pyro-{}", self.id),
-                machine_id: file.machine_id.clone(),
-            },
+            identity: Identity { hostname: format!("pyro-{}", self.id), machine_id: file.machine_id.clone() },
         };
         let (running, _times) = Running::boot(&self.engine.vmm()?, &boot).await?;
         Ok(running)

@@ -51,7 +51,8 @@ impl Supervisor {
             execution_mode: mode.to_owned(),
             request_id,
         };
-        let writer = self.commands.begin(handle, async |sequence| self.begin_entry(sequence, new).await).await?;
+        let writer =
+            self.commands.begin(handle, async |sequence| self.begin_entry(sequence, new).await).await?;
         let (sender, events) = mpsc::channel(QUEUE);
         let sequence = writer.entry.sequence;
         drop(sender.send(Ok(Event { kind: Some(event::Kind::Started(sequence)) })).await);
@@ -73,7 +74,8 @@ impl Supervisor {
                 supervisor.journal.begin(sequence, new).map_err(|error| {
                     let error = Error::state(supervisor.directory.path(), &error);
                     let hint = error.remedy().unwrap_or_default().to_owned();
-                    let text = format!("the command was not begun, because its entry could not be written: {error}");
+                    let text =
+                        format!("the command was not begun, because its entry could not be written: {error}");
                     Error::new(ErrorKind::HostResources, text).hint(hint)
                 })
             })
@@ -113,7 +115,8 @@ impl Supervisor {
         entry.exit_code = Some(outcome.exit_code);
         entry.duration_ms = Some(millis(began.elapsed()));
         entry.fault = outcome.fault;
-        entry.reason = reason.or_else(|| outcome.fault.map(|_| outcome.words.unwrap_or_default().trim().to_owned()));
+        entry.reason =
+            reason.or_else(|| outcome.fault.map(|_| outcome.words.unwrap_or_default().trim().to_owned()));
         self.finish(sink).await;
     }
 
@@ -127,9 +130,7 @@ impl Supervisor {
     ) -> Result<Outcome, Error> {
         let (mut process, machine) = match body {
             Body::None => return Err(not_started(&self.id)),
-            Body::Guest(running) => {
-                (Process::send(running, exec, limit).await?, Some(&running.machine))
-            }
+            Body::Guest(running) => (Process::send(running, exec, limit).await?, Some(&running.machine)),
             Body::Host => {
                 let life = Duration::from_secs_f64(limit.seconds());
                 (Process::Host(HostExec::start(self.directory.workspace(), exec.command, life)), None)
@@ -152,12 +153,16 @@ impl Supervisor {
         let entry = match written {
             Ok((writer, Ok(()))) => Some(writer.entry),
             Ok((writer, Err(error))) => {
-                super::serve::complain(&format!("the end of command {sequence} could not be recorded: {error}"));
+                super::serve::complain(&format!(
+                    "the end of command {sequence} could not be recorded: {error}"
+                ));
                 self.finish_later(writer);
                 None
             }
             Err(error) => {
-                super::serve::complain(&format!("the end of command {sequence} could not be recorded: {error}"));
+                super::serve::complain(&format!(
+                    "the end of command {sequence} could not be recorded: {error}"
+                ));
                 None
             }
         };
@@ -184,7 +189,14 @@ impl Supervisor {
                     _ = gone.wait_for(|gone| *gone) => return,
                     () = tokio::time::sleep(AGAIN) => {}
                 }
-                match supervisor.engine.blocking(move || { let done = writer.finish(); Ok((writer, done)) }).await {
+                match supervisor
+                    .engine
+                    .blocking(move || {
+                        let done = writer.finish();
+                        Ok((writer, done))
+                    })
+                    .await
+                {
                     Ok((_, Ok(()))) | Err(_) => return,
                     Ok((again, Err(_full))) => writer = again,
                 }
@@ -246,7 +258,9 @@ impl Supervisor {
                 progress = None;
             }
         }
-        if let Some(entry) = self.journal.entry(sequence)?.filter(|entry| entry.status != EntryStatus::Running) {
+        if let Some(entry) =
+            self.journal.entry(sequence)?.filter(|entry| entry.status != EntryStatus::Running)
+        {
             drop(caller.send(Ok(Event { kind: Some(ended_event(&entry)) })).await);
         }
         Ok(())
@@ -284,8 +298,9 @@ impl Sink for Journaled {
         });
         if let Some(caller) = &self.caller {
             let sent = tokio::select! {
+                biased;
                 sent = caller.send(Ok(output_event(chunk))) => sent.is_ok(),
-                // A caller that takes nothing does not hold the end of a command up.
+                // A caller that takes nothing does not hold the end of a command up; it finds the rest in the journal.
                 _ = self.cancel.asked() => false,
             };
             if !sent {

@@ -57,7 +57,9 @@ impl Commands {
     ) -> Result<T, Error> {
         if self.running().len() >= MOST {
             let text = format!("{MOST} commands run in this task at the same time already");
-            return Err(Error::new(ErrorKind::HostResources, text).hint("wait for some to end, or use another task"));
+            return Err(
+                Error::new(ErrorKind::HostResources, text).hint("wait for some to end, or use another task")
+            );
         }
         let mut last = self.last.lock().await;
         let begun = begin(*last + 1).await?;

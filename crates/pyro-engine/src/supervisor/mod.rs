@@ -104,7 +104,7 @@ fn report(mut ready: File, report: &Report) -> io::Result<()> {
 /// Without an engine there is only the task's directory to put in order; the next sweep does the rest.
 fn abandon(state_dir: &std::path::Path, id: &str, kind: Kind, lock: File) {
     if kind == Kind::Create {
-        drop(std::fs::remove_dir_all(state_dir.join("tasks").join(id)));
+        drop(fs_err::remove_dir_all(state_dir.join("tasks").join(id)));
     }
     drop(lock);
 }

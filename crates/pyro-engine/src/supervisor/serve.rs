@@ -23,7 +23,8 @@ use crate::record::Fault;
 use crate::spec::{Command, ExecSpec};
 use crate::task::supervisor_proto::supervisor_server::{Supervisor as Service, SupervisorServer};
 use crate::task::supervisor_proto::{
-    CancelRequest, DeleteRequest, Done, Event, ExecInput, FollowRequest, StartRequest, StopRequest, exec_input,
+    CancelRequest, DeleteRequest, Done, Event, ExecInput, FollowRequest, StartRequest, StopRequest,
+    exec_input,
 };
 use crate::task::to_status;
 

@@ -149,8 +149,7 @@ impl Engine {
         let (mut unborn, file) = self
             .blocking(move || {
                 let inner = &engine.inner;
-                let blank =
-                    if has_guest { Some(inner.store.overlay_template(file.disk_mib)?) } else { None };
+                let blank = if has_guest { Some(inner.store.overlay_template(file.disk_mib)?) } else { None };
                 let lease = inner.registry.bear_task(inner.config.max_active_vms)?;
                 let directory = TaskDirectory::new(lease.dir.clone());
                 let unborn = Unborn {

@@ -109,7 +109,8 @@ pub(crate) fn from_status(status: &Status) -> Error {
         Ok(told) => Error::told(&told.code, status.message().to_owned(), told.hint),
         Err(_) => {
             let text = format!("the connection to the task's supervisor broke: {}", status.message());
-            Error::new(ErrorKind::OutcomeUnknown, text).hint("see what became of it: pyro task status, pyro task logs")
+            Error::new(ErrorKind::OutcomeUnknown, text)
+                .hint("see what became of it: pyro task status, pyro task logs")
         }
     }
 }

@@ -12,7 +12,6 @@ use super::client::supervisor_proto::{
 use super::client::{Client, from_status, is_answer};
 use super::record::Detached;
 use super::{EntryStatus, Found, JournalEntry, TaskFile, is_started, not_started};
-use crate::capture;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind};
 use crate::execute::{Outcome, Output, Sink, Subject, ended};
@@ -40,10 +39,14 @@ impl Engine {
     ) -> Result<ExecResult, Error> {
         let (mut events, request_id) = self.send(task_id, exec, true).await?;
         let mut output = Output::new(&observer);
-        match take(&mut events, &observer, &mut output).await? {
-            Some(entry) => self.result(task_id, entry, Some(output)).await,
-            None => self.resolve(task_id, &request_id).await,
+        if let Some(entry) = take(&mut events, &observer, &mut output).await? {
+            return self.result(task_id, entry, output).await;
         }
+        // The connection broke, or this caller took its output too slowly when the command was ended: the journal has
+        // the rest.
+        let entry = self.find_request(task_id, &request_id).await?.ok_or_else(|| unknown(task_id))?;
+        let ended = self.see_through(task_id, entry.sequence, &observer, &mut output).await?;
+        self.result(task_id, ended.ok_or_else(|| unknown(task_id))?, output).await
     }
 
     /// Starts one command in a task and does not wait for it.
@@ -52,7 +55,8 @@ impl Engine {
     /// As [`Engine::exec_task`].
     pub async fn exec_task_detached(&self, task_id: &str, exec: ExecSpec) -> Result<Detached, Error> {
         let (mut events, request_id) = self.send(task_id, exec, false).await?;
-        let started = |sequence| Detached { task_id: task_id.to_owned(), sequence, status: EntryStatus::Running };
+        let started =
+            |sequence| Detached { task_id: task_id.to_owned(), sequence, status: EntryStatus::Running };
         while let Ok(Some(event)) = events.message().await {
             if let Some(event::Kind::Started(sequence)) = event.kind {
                 return Ok(started(sequence));
@@ -74,19 +78,34 @@ impl Engine {
         sequence: u64,
         observer: Observer,
     ) -> Result<ExecResult, Error> {
-        let entry = self.entry(task_id, sequence).await?.ok_or_else(|| no_command(task_id, sequence))?;
-        if entry.status == EntryStatus::Running
-            && let Found::Supervised(mut client) = self.find_task(task_id).await?
-        {
-            let mut output = Output::new(&observer);
-            let mut events = follow(&mut client, sequence).await?;
-            if let Some(entry) = take(&mut events, &observer, &mut output).await? {
-                return self.result(task_id, entry, Some(output)).await;
+        let mut output = Output::new(&observer);
+        let ended = self.see_through(task_id, sequence, &observer, &mut output).await?;
+        self.result(task_id, ended.ok_or_else(|| no_command(task_id, sequence))?, output).await
+    }
+
+    /// Passes on what is still missing of a command's output, as it comes, until the command has ended, whatever
+    /// becomes of its supervisor meanwhile; none where there is no such command.
+    async fn see_through(
+        &self,
+        task_id: &str,
+        sequence: u64,
+        observer: &Observer,
+        output: &mut Output<'_>,
+    ) -> Result<Option<JournalEntry>, Error> {
+        loop {
+            let Some(entry) = self.entry(task_id, sequence).await? else { return Ok(None) };
+            if entry.status != EntryStatus::Running {
+                self.replay(task_id, sequence, output).await?;
+                return Ok(Some(entry));
+            }
+            // Without a supervisor the journal is in order now, and the next round finds the command ended.
+            if let Found::Supervised(mut client) = self.find_task(task_id).await? {
+                let mut events = follow(&mut client, sequence, output.totals()).await?;
+                if let Some(entry) = take(&mut events, observer, output).await? {
+                    return Ok(Some(entry));
+                }
             }
         }
-        let entry = self.entry(task_id, sequence).await?.ok_or_else(|| no_command(task_id, sequence))?;
-        self.replay(task_id, &entry, &observer).await?;
-        self.result(task_id, entry, None).await
     }
 
     /// Waits for the command with this number, which may not have begun, and passes its output on from the
@@ -97,10 +116,14 @@ impl Engine {
         sequence: u64,
         observer: &Observer,
     ) -> Result<Option<JournalEntry>, Error> {
-        let Found::Supervised(mut client) = self.find_task(task_id).await? else { return Ok(None) };
-        let mut events = follow(&mut client, sequence).await?;
         let mut output = Output::new(observer);
-        take(&mut events, observer, &mut output).await
+        if let Found::Supervised(mut client) = self.find_task(task_id).await? {
+            let mut events = follow(&mut client, sequence, output.totals()).await?;
+            if let Some(entry) = take(&mut events, observer, &mut output).await? {
+                return Ok(Some(entry));
+            }
+        }
+        self.see_through(task_id, sequence, observer, &mut output).await
     }
 
     /// Sends a command to the supervisor, once.
@@ -136,25 +159,15 @@ impl Engine {
             Ok(events) => Ok((events, request_id)),
             Err(status) if is_answer(&status) => Err(from_status(&status)),
             // It was sent, perhaps; the journal knows.
-            Err(_broken) => match self.find_request(task_id, &request_id).await? {
-                Some(entry) => {
-                    let Found::Supervised(mut client) = self.find_task(task_id).await? else {
-                        return Err(unknown(task_id));
-                    };
-                    Ok((follow(&mut client, entry.sequence).await?, request_id))
+            Err(_broken) => {
+                let entry = self.find_request(task_id, &request_id).await?.ok_or_else(|| unknown(task_id))?;
+                match self.find_task(task_id).await? {
+                    Found::Supervised(mut client) => {
+                        Ok((follow(&mut client, entry.sequence, [0, 0]).await?, request_id))
+                    }
+                    Found::Alone(..) => Err(unknown(task_id)),
                 }
-                None => Err(unknown(task_id)),
-            },
-        }
-    }
-
-    /// The end of a command whose connection broke: what the journal says.
-    async fn resolve(&self, task_id: &str, request_id: &str) -> Result<ExecResult, Error> {
-        match self.find_request(task_id, request_id).await? {
-            Some(entry) if entry.status != EntryStatus::Running => self.result(task_id, entry, None).await,
-            Some(entry) => Err(unknown(task_id)
-                .hint(format!("it is command {}: pyro task logs {task_id} --sequence {}", entry.sequence, entry.sequence))),
-            None => Err(unknown(task_id)),
+            }
         }
     }
 
@@ -170,8 +183,11 @@ impl Engine {
             match (&lock, &found) {
                 // The entry precedes the command: without one, and without a supervisor, nothing ran.
                 (TaskLock::Free(..), None) => {
-                    let text = format!("the supervisor of task '{id}' ended before it took the command; nothing ran");
-                    Err(Error::new(ErrorKind::WrongState, text).hint(format!("start it: pyro task start {id}")))
+                    let text = format!(
+                        "the supervisor of task '{id}' ended before it took the command; nothing ran"
+                    );
+                    Err(Error::new(ErrorKind::WrongState, text)
+                        .hint(format!("start it: pyro task start {id}")))
                 }
                 _ => Ok(found),
             }
@@ -190,13 +206,12 @@ impl Engine {
         .await
     }
 
-    /// Passes what the journal holds of a command on.
-    async fn replay(&self, task_id: &str, entry: &JournalEntry, observer: &Observer) -> Result<(), Error> {
+    /// Passes on what the journal holds of a command beyond what has been passed on.
+    async fn replay(&self, task_id: &str, sequence: u64, output: &mut Output<'_>) -> Result<(), Error> {
         let directory = self.inner.registry.task_directory(task_id)?;
-        let mut output = Output::new(observer);
-        for stream in [Stream::Stdout, Stream::Stderr] {
-            let failed = |error: std::io::Error| Error::state(directory.path(), &error);
-            let reader = directory.journal().reader(entry.sequence, stream, 0).map_err(failed)?;
+        let failed = |error: std::io::Error| Error::state(directory.path(), &error);
+        for (stream, offset) in [Stream::Stdout, Stream::Stderr].into_iter().zip(output.totals()) {
+            let reader = directory.journal().reader(sequence, stream, offset).map_err(failed)?;
             let mut reader = tokio::fs::File::from_std(reader);
             loop {
                 let mut bytes = Vec::with_capacity(pyro_proto::limits::CHUNK);
@@ -209,53 +224,36 @@ impl Engine {
         Ok(())
     }
 
-    /// The result of a command that has ended; its output is what came, or what the journal holds.
+    /// The result of a command that has ended.
     async fn result(
         &self,
         task_id: &str,
         entry: JournalEntry,
-        output: Option<Output<'_>>,
+        output: Output<'_>,
     ) -> Result<ExecResult, Error> {
-        let (engine, id, sequence) = (self.clone(), task_id.to_owned(), entry.sequence);
-        let read = output.is_none();
-        let looked_up = self
-            .blocking(move || {
-                let registry = &engine.inner.registry;
-                let directory = registry.task_directory(&id)?;
-                let failed = |error: std::io::Error| Error::state(directory.path(), &error);
-                let file = TaskFile::read(&directory)?.ok_or_else(|| registry.missing("task", &id))?;
-                let text = |stream| directory.journal().text(sequence, stream, capture::LIMIT as u64).map_err(failed);
-                let texts = if read { Some((text(Stream::Stdout)?, text(Stream::Stderr)?)) } else { None };
-                Ok((file, texts))
-            })
-            .await;
-        // A task that was deleted over its command still gives the command's end.
-        let (file, texts) = match looked_up {
-            Ok((file, texts)) => (Some(file), texts),
-            Err(error) if output.is_some() && error.kind() == ErrorKind::NotFound => (None, None),
-            Err(error) => return Err(error),
+        let (engine, id) = (self.clone(), task_id.to_owned());
+        let file = self
+            // A task that was deleted over its command, or whose time was up, still gives the command's end; of its
+            // own end another caller is told.
+            .blocking(move || Ok(TaskFile::read(&engine.inner.registry.task_path(&id))?))
+            .await?;
+        let of = |field: fn(&TaskFile) -> &String| {
+            file.as_ref().map_or_else(String::new, |file| field(file).clone())
         };
-        let file = file.as_ref();
         let subject = Subject {
             vm_id: None,
             task_id: Some(task_id.to_owned()),
-            environment: file.map_or_else(String::new, |file| file.environment.clone()),
-            environment_version: file.map_or_else(String::new, |file| file.environment_version.clone()),
+            environment: of(|file| &file.environment),
+            environment_version: of(|file| &file.environment_version),
             execution_mode: entry.execution_mode.clone(),
-            isolation: file.map_or_else(String::new, |file| file.isolation.clone()),
-            start_mode: file.map_or_else(String::new, |file| file.start_mode.clone()),
+            isolation: of(|file| &file.isolation),
+            start_mode: of(|file| &file.start_mode),
         };
-        let nobody = Observer::none();
-        let output = output.unwrap_or_else(|| Output::new(&nobody));
         let exit_code = entry.exit_code.unwrap_or_else(|| ended(Fault::GuestLost, 137).exit_code);
         // Whatever there is to say is at the end of stderr already.
         let outcome = Outcome { exit_code, fault: entry.fault, words: None };
         let mut result =
             output.result(subject, entry.command, outcome, entry.duration_ms.unwrap_or_default()).await;
-        if let Some(((stdout, stdout_cut), (stderr, stderr_cut))) = texts {
-            (result.stdout, result.stderr) = (stdout, stderr);
-            (result.stdout_truncated, result.stderr_truncated) = (stdout_cut, stderr_cut);
-        }
         result.stdout_bytes = entry.stdout_bytes;
         result.stderr_bytes = entry.stderr_bytes;
         result.sequence = Some(entry.sequence);
@@ -294,8 +292,9 @@ async fn take(
     }
 }
 
-async fn follow(client: &mut Client, sequence: u64) -> Result<Streaming<Event>, Error> {
-    let request = FollowRequest { sequence, stdout_offset: 0, stderr_offset: 0 };
+async fn follow(client: &mut Client, sequence: u64, offsets: [u64; 2]) -> Result<Streaming<Event>, Error> {
+    let [stdout_offset, stderr_offset] = offsets;
+    let request = FollowRequest { sequence, stdout_offset, stderr_offset };
     client.follow(request).await.map_err(|status| from_status(&status))
 }
 
@@ -325,7 +324,8 @@ fn unknown(task_id: &str) -> Error {
     let text = format!(
         "the connection to the supervisor of task '{task_id}' broke after the command was sent; it may have run"
     );
-    Error::new(ErrorKind::OutcomeUnknown, text).hint(format!("see what became of it: pyro task logs {task_id}"))
+    Error::new(ErrorKind::OutcomeUnknown, text)
+        .hint(format!("see what became of it: pyro task logs {task_id}"))
 }
 
 fn no_command(task_id: &str, sequence: u64) -> Error {

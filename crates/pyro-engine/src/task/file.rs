@@ -79,7 +79,9 @@ impl TaskFile {
         let bytes = match files::read_bounded(&path, MOST_BYTES) {
             Ok(Some(bytes)) => bytes,
             Ok(None) => return Ok(None),
-            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => return Err(damaged(error.to_string())),
+            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+                return Err(damaged(error.to_string()));
+            }
             // It may be readable another time: a full table of files is no damage.
             Err(error) => return Err(TaskFileError::Newer(Error::state(&path, &error))),
         };
@@ -106,7 +108,8 @@ impl TaskFile {
 
     /// What is left of its life: by the clock of this boot, else by the wall's.
     pub(crate) fn life_left(&self) -> Duration {
-        let left = if self.has_rebooted() { self.expires_at - now() } else { self.expires_at_boottime - boottime() };
+        let left =
+            if self.has_rebooted() { self.expires_at - now() } else { self.expires_at_boottime - boottime() };
         Duration::try_from_secs_f64(left).unwrap_or(Duration::ZERO)
     }
 
@@ -136,7 +139,7 @@ impl TaskFile {
 
 /// The kernel's name for this boot; empty where it does not tell.
 pub(crate) fn boot_id() -> String {
-    let text = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let text = fs_err::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     String::from_utf8_lossy(&text).trim().to_owned()
 }
 

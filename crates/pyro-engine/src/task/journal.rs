@@ -110,10 +110,11 @@ impl Journal {
         let mut sequences = Vec::new();
         for entry in entries {
             let name = entry?.file_name();
-            let stem = name.to_str().and_then(|name| {
-                name.strip_suffix(".json").or_else(|| name.strip_suffix(".json.damaged"))
-            });
-            let digits = stem.filter(|stem| stem.len() >= 6 && stem.bytes().all(|byte| byte.is_ascii_digit()));
+            let stem = name
+                .to_str()
+                .and_then(|name| name.strip_suffix(".json").or_else(|| name.strip_suffix(".json.damaged")));
+            let digits =
+                stem.filter(|stem| stem.len() >= 6 && stem.bytes().all(|byte| byte.is_ascii_digit()));
             sequences.extend(digits.and_then(|digits| digits.parse::<u64>().ok()));
         }
         sequences.sort_unstable();
@@ -216,16 +217,19 @@ impl Journal {
             return Ok(());
         }
         for sequence in self.sequences()? {
-            let Some(mut entry) = self.entry(sequence)?.filter(|entry| entry.status == EntryStatus::Running) else {
+            let Some(mut entry) = self.entry(sequence)?.filter(|entry| entry.status == EntryStatus::Running)
+            else {
                 continue;
             };
-            let size = |stream| std::fs::metadata(self.output(sequence, stream)).map_or(0, |found| found.len());
+            let size =
+                |stream| std::fs::metadata(self.output(sequence, stream)).map_or(0, |found| found.len());
             entry.status = EntryStatus::Interrupted;
             entry.fault = Some(Fault::GuestLost);
             entry.stdout_bytes = size(Stream::Stdout);
             entry.stderr_bytes = size(Stream::Stderr);
             entry.recorded_at = now();
-            let what = if host_restarted { "the host was restarted" } else { "the task's supervisor was killed" };
+            let what =
+                if host_restarted { "the host was restarted" } else { "the task's supervisor was killed" };
             entry.reason = Some(format!("{what} while it ran"));
             self.write(&entry, Place::Taken)?;
         }
@@ -295,7 +299,9 @@ impl Journal {
             stdout_dropped_bytes: 0,
             stderr_dropped_bytes: 0,
             fault: None,
-            reason: Some(format!("its entry cannot be read ({why}) and is kept as {sequence:06}.json.damaged")),
+            reason: Some(format!(
+                "its entry cannot be read ({why}) and is kept as {sequence:06}.json.damaged"
+            )),
             request_id: String::new(),
         }
     }
@@ -334,7 +340,9 @@ impl Writer {
     /// Replaces the entry with its end; output and entry are on the disk when this returns.
     pub(crate) fn finish(&mut self) -> io::Result<()> {
         self.entry.recorded_at = now();
-        for (file, bytes) in [(&self.stdout, self.entry.stdout_bytes), (&self.stderr, self.entry.stderr_bytes)] {
+        for (file, bytes) in
+            [(&self.stdout, self.entry.stdout_bytes), (&self.stderr, self.entry.stderr_bytes)]
+        {
             if bytes > 0 {
                 file.sync_data()?;
             }
@@ -449,7 +457,9 @@ mod tests {
     #[test]
     fn other_files_are_no_entries() {
         let (dir, journal) = journal();
-        for name in ["1.json", "abcdef.json", ".000009.json.x", "000003.stdout", "99999999999999999999999.json"] {
+        for name in
+            ["1.json", "abcdef.json", ".000009.json.x", "000003.stdout", "99999999999999999999999.json"]
+        {
             fs_err::write(dir.path().join(name), "{}").expect("written");
         }
         assert_eq!(journal.sequences().expect("read"), Vec::<u64>::new());

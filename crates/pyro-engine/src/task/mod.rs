@@ -84,7 +84,8 @@ impl Engine {
             Found::Supervised(mut client) => client.start(self.inner.config.max_active_vms).await?,
             Found::Alone(lock, file) => {
                 if !file.state.can_start() {
-                    let text = format!("task {task_id} cannot be started from state '{}'", file.state.as_str());
+                    let text =
+                        format!("task {task_id} cannot be started from state '{}'", file.state.as_str());
                     return Err(Error::new(ErrorKind::WrongState, text));
                 }
                 self.revive(lock, *file).await?;
@@ -168,7 +169,8 @@ impl Engine {
             }
         }
         let text = format!("the supervisor of task '{task_id}' lives and does not answer");
-        Err(Error::new(ErrorKind::Host, text).hint("kill it (its command line names the task), then try again"))
+        Err(Error::new(ErrorKind::Host, text)
+            .hint("kill it (its command line names the task), then try again"))
     }
 
     /// Reads a task's record from disk, after putting it in order where its supervisor is gone.

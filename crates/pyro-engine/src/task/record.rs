@@ -131,7 +131,12 @@ impl Default for LogQuery {
 }
 
 impl TaskRecord {
-    pub(crate) fn new(file: TaskFile, command_count: u64, last: Option<JournalEntry>, disk_bytes: u64) -> Self {
+    pub(crate) fn new(
+        file: TaskFile,
+        command_count: u64,
+        last: Option<JournalEntry>,
+        disk_bytes: u64,
+    ) -> Self {
         Self {
             task_id: file.task_id,
             environment: file.environment,

@@ -1,0 +1,12 @@
+//! The `pyro` command with real machines: each test is a sentence of the contract.
+//!
+//! All tests share the environments in the target directory, which the first one builds; each has a state
+//! directory of its own, so that the cap of one is not another's.
+
+mod chaos;
+mod doctor;
+mod failures;
+mod kill;
+mod run;
+mod support;
+mod task;
