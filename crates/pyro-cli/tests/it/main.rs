@@ -7,6 +7,7 @@ mod chaos;
 mod doctor;
 mod failures;
 mod kill;
+mod power_loss;
 mod run;
 mod support;
 mod task;

@@ -144,13 +144,15 @@ impl Registry {
 
     /// Ends a machine's record and files; its VMM must be gone.
     pub(crate) fn remove(&self, lease: Lease) -> Result<(), Error> {
-        self.connection().execute("DELETE FROM vms WHERE id = ?1", [&lease.id])?;
-        self.discard(&lease.dir, lease.lock)
+        self.discard(&lease.dir, lease.lock)?;
+        // Where the disk is too full for this, the next sweep finds a row without a directory.
+        drop(self.connection().execute("DELETE FROM vms WHERE id = ?1", [&lease.id]));
+        Ok(())
     }
 
     /// As [`Registry::remove`], and remembers that its time was up.
     pub(crate) fn expire(&self, lease: Lease) -> Result<(), Error> {
-        self.bury(&lease.id)?;
+        drop(self.bury(&lease.id));
         self.remove(lease)
     }
 

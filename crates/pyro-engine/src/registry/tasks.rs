@@ -126,7 +126,7 @@ impl Registry {
             }
         };
         if file.has_expired() {
-            self.bury(id)?;
+            drop(self.bury(id));
             self.take_out(id)?;
             return Err(self.missing("task", id));
         }
@@ -147,17 +147,20 @@ impl Registry {
     }
 
     /// Moves a task out of its place. The record goes first: a directory without one is of a task that never was
-    /// or is no more.
+    /// or is no more. The row goes last, and where the disk is too full for that, with the next sweep: a task must be
+    /// removable to make room.
     fn take_out(&self, id: &str) -> Result<std::path::PathBuf, Error> {
-        let directory = TaskDirectory::new(self.path("tasks", id));
+        let directory = self.task_path(id);
         directory.remove_record().map_err(|error| Error::state(directory.path(), &error))?;
-        self.forget_task(id)?;
-        self.set_aside(directory.path())
+        let trash = self.set_aside(directory.path())?;
+        drop(self.forget_task(id));
+        Ok(trash)
     }
 
     /// As [`Registry::remove_task`], and remembers that its time was up.
     pub(crate) fn expire_task(&self, id: &str, lock: File) -> Result<(), Error> {
-        self.bury(id)?;
+        // Where it cannot be remembered, whoever asks is told that there is no such task.
+        drop(self.bury(id));
         self.remove_task(id, lock)
     }
 
