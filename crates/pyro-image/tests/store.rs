@@ -295,6 +295,60 @@ fn a_killed_build_leaves_no_process_and_its_rest_is_swept() {
     drop(store.ensure(NAME, &Silent).expect("built after all"));
 }
 
+#[test]
+fn builds_that_are_killed_at_fifty_moments_leave_nothing_half_built() {
+    let fixture = Fixture::new();
+    let begun = Instant::now();
+    drop(fixture.store().ensure(NAME, &Silent).expect("built"));
+    let whole = u64::try_from(begun.elapsed().as_micros()).expect("short");
+    for moment in 0..50 {
+        drop(fixture.store().prune().expect("pruned"));
+        let mut child = fixture.spawn_pull();
+        // Spread over a build and a little more, the moments not in their order.
+        std::thread::sleep(Duration::from_micros(whole * ((moment * 37) % 50) / 40));
+        child.kill().expect("killed");
+        child.wait().expect("reaped");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while fixture.processes() > 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let store = fixture.store();
+        assert_eq!((fixture.staging(), fixture.processes(), fixture.mounts()), (0, 0, 0), "moment {moment}");
+        let inspection = store.inspect(NAME).expect("readable");
+        assert_eq!(inspection.entry.installed, inspection.verified, "whole or not there: {inspection:?}");
+    }
+    drop(fixture.store().ensure(NAME, &Silent).expect("built after all"));
+}
+
+#[test]
+fn a_directory_of_other_things_is_not_made_the_cache() {
+    let fixture = Fixture::new();
+    fs_err::create_dir(&fixture.cache).expect("made");
+    fs_err::write(fixture.cache.join("photo"), "").expect("written");
+    let error = fixture.try_store().expect_err("refused");
+    assert!(error.hint().is_some(), "{error}");
+    assert!(!fixture.cache.join("envs").exists());
+}
+
+#[test]
+fn an_environment_of_another_definition_is_built_anew() {
+    let fixture = Fixture::new();
+    let environment = fixture.store().ensure(NAME, &Silent).expect("built");
+    let manifest = environment.rootfs.with_file_name("manifest.json");
+    let text = fs_err::read_to_string(&manifest).expect("readable");
+    fs_err::write(&manifest, text.replacen("\"1.0.0\"", "\"0.9.0\"", 1)).expect("written");
+    let old = environment.digest.clone();
+    drop(environment);
+    let store = fixture.store();
+    assert!(!store.installed(NAME).expect("readable"));
+    // A disk that was made upon it can still be used.
+    drop(store.lease(NAME, &old).expect("leased"));
+    drop(store.ensure(NAME, &Silent).expect("built anew"));
+    assert_eq!(fixture.runs(), 2);
+    let lost = store.lease(NAME, &"0".repeat(64)).expect_err("never was");
+    assert_eq!(lost.code(), "environment_replaced");
+}
+
 /// Not a test of its own: the process that `a_killed_build_…` kills.
 #[test]
 fn pull_helper() {

@@ -107,8 +107,15 @@ impl Spawn {
         let inner = self.start(bond)?;
         let pid = Pid::from_child(&inner);
         // The child cannot have been reaped yet, so the number still names it.
-        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
-        Ok(Child { inner, pidfd })
+        match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => Ok(Child { inner, pidfd }),
+            Err(error) => {
+                let mut unowned = inner;
+                drop(unowned.kill());
+                drop(unowned.wait());
+                Err(error.into())
+            }
+        }
     }
 
     /// Starts a process that outlives this one: in a session of its own, without a terminal, and never this
@@ -218,8 +225,14 @@ fn prepare_child(bond: Bond, fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
     // Rust marks every descriptor close-on-exec, but a host program (an embedding Python, a shell) may not.
     // SAFETY: a system call on numbers; it closes nothing now, so the runtime's own pipe stays usable.
     let marked = unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
-    if marked != 0 && io::Error::last_os_error().raw_os_error() != Some(libc::ENOSYS) {
-        return Err(io::Error::last_os_error());
+    if marked != 0 {
+        // A kernel before 5.11 does not know the call, or not this use of it.
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let limit = limit.and_then(|limit| i32::try_from(limit).ok()).unwrap_or(MOST_FILES).min(MOST_FILES);
+        for number in 3..limit {
+            // SAFETY: a system call on a number; one that is not open is refused.
+            unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
+        }
     }
     for (fd, number) in fds {
         // SAFETY: both are valid numbers in this process, which is about to execute another program.
@@ -243,6 +256,9 @@ fn detach() -> io::Result<()> {
     }
 }
 
+/// Descriptors that are looked at one by one where the kernel cannot do it at once.
+const MOST_FILES: i32 = 65_536;
+
 type Request = (Command, mpsc::SyncSender<io::Result<std::process::Child>>);
 
 /// Forks on the thread that lives as long as this process.
@@ -257,7 +273,11 @@ fn on_spawner(command: Command) -> io::Result<std::process::Child> {
         if spawner.0 != std::process::id() {
             *spawner = (std::process::id(), start_spawner());
         }
-        spawner.1.send((command, answer)).map_err(|_closed| spawner_is_gone())?;
+        if let Err(mpsc::SendError(request)) = spawner.1.send((command, answer)) {
+            // The thread could not be had when it was asked for; perhaps it can be now.
+            *spawner = (std::process::id(), start_spawner());
+            spawner.1.send(request).map_err(|_closed| spawner_is_gone())?;
+        }
     }
     result.recv().map_err(|_closed| spawner_is_gone())?
 }

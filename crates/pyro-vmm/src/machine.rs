@@ -6,19 +6,26 @@
 //!                 └──► ended ◄─┘     powered off | killed | panicked | crashed; for good
 //! ```
 
+use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::error::ControlError;
 use crate::process::VmmProcess;
 use crate::qmp::Qmp;
 
+/// A control command on its way to the task that owns the control channel.
+type Job = Box<dyn for<'a> FnOnce(&'a mut Qmp) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>> + Send>;
+
 /// How long the VMM may take to answer a control command. It answers in milliseconds; a busy host may not.
 const CONTROL_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the VMM may take to quit by itself before it is killed.
 const QUIT_DEADLINE: Duration = Duration::from_secs(2);
+/// Control commands that may wait for their turn.
+const JOBS: usize = 4;
 
 /// A running machine.
 ///
@@ -28,7 +35,7 @@ const QUIT_DEADLINE: Duration = Duration::from_secs(2);
 pub struct Machine {
     process: VmmProcess,
     stream: Mutex<Option<UnixStream>>,
-    control: tokio::sync::Mutex<Qmp>,
+    control: mpsc::Sender<Job>,
 }
 
 /// Why a machine has ended.
@@ -71,7 +78,9 @@ pub struct MachineExit {
 
 impl Machine {
     pub(crate) fn new(process: VmmProcess, stream: UnixStream, control: Qmp) -> Self {
-        Self { process, stream: Mutex::new(Some(stream)), control: tokio::sync::Mutex::new(control) }
+        let (jobs, to_do) = mpsc::channel(JOBS);
+        drop(tokio::spawn(attend(control, to_do)));
+        Self { process, stream: Mutex::new(Some(stream)), control: jobs }
     }
 
     /// The byte stream to the guest, once.
@@ -111,8 +120,8 @@ impl Machine {
         }
         self.process.note_quit();
         let quit = async {
-            let asked = self.control.lock().await.quit().await;
-            if asked.is_ok() {
+            let asked = self.ask(|qmp| Box::pin(qmp.quit())).await;
+            if matches!(asked, Ok(()) | Err(ControlError::Ended)) {
                 self.wait().await;
             }
         };
@@ -126,7 +135,7 @@ impl Machine {
     /// # Errors
     /// When the machine has ended or its VMM does not obey.
     pub async fn pause(&self) -> Result<(), ControlError> {
-        self.control(&qapi_qmp::stop {}).await
+        self.ask(|qmp| Box::pin(async { qmp.execute(&qapi_qmp::stop {}).await.map(drop) })).await
     }
 
     /// Lets the virtual processors run on.
@@ -134,7 +143,7 @@ impl Machine {
     /// # Errors
     /// When the machine has ended or its VMM does not obey.
     pub async fn resume(&self) -> Result<(), ControlError> {
-        self.control(&qapi_qmp::cont {}).await
+        self.ask(|qmp| Box::pin(async { qmp.execute(&qapi_qmp::cont {}).await.map(drop) })).await
     }
 
     /// The last lines of the serial console, safe to show; the guest chose these words.
@@ -147,11 +156,48 @@ impl Machine {
         self.process.memory_usage()
     }
 
-    async fn control<C: qapi_qmp::QmpCommand>(&self, command: &C) -> Result<(), ControlError> {
-        let execute = async { self.control.lock().await.execute(command).await };
-        match tokio::time::timeout(CONTROL_DEADLINE, execute).await {
-            Ok(result) => result.map(drop),
+    /// Has a control command executed, and waits for its answer.
+    async fn ask<T: Send + 'static>(
+        &self,
+        command: impl for<'a> FnOnce(
+            &'a mut Qmp,
+        )
+            -> Pin<Box<dyn Future<Output = Result<T, ControlError>> + Send + 'a>>
+        + Send
+        + 'static,
+    ) -> Result<T, ControlError> {
+        let (answer, answered) = oneshot::channel();
+        let job: Job = Box::new(move |qmp| {
+            Box::pin(async move {
+                // Whoever asked may not wait any more.
+                answer.send(command(qmp).await).ok();
+            })
+        });
+        let asked = async {
+            self.control.send(job).await.map_err(|_gone| ControlError::Ended)?;
+            answered.await.unwrap_or(Err(ControlError::Ended))
+        };
+        match tokio::time::timeout(CONTROL_DEADLINE, asked).await {
+            Ok(result) => result,
             Err(_elapsed) => Err(ControlError::Timeout { after: CONTROL_DEADLINE }),
+        }
+    }
+}
+
+/// Executes commands one after another, and reads what the VMM tells in between: it keeps in memory whatever nobody
+/// reads, and a guest can make it tell much.
+async fn attend(mut control: Qmp, mut jobs: mpsc::Receiver<Job>) {
+    loop {
+        tokio::select! {
+            job = jobs.recv() => match job {
+                Some(job) => job(&mut control).await,
+                None => return,
+            },
+            told = control.skip() => {
+                if told.is_err() {
+                    return;
+                }
+            }
         }
     }
 }

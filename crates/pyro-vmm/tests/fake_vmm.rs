@@ -146,7 +146,7 @@ async fn a_machine_ends_in_the_way_that_its_vmm_ends() {
         ("exit 0", MachineEnd::PoweredOff, "the guest powered off"),
         (
             "echo '[ 1.0] Kernel panic - not syncing: oops' >&5; exit 0",
-            MachineEnd::Crashed,
+            MachineEnd::Panicked,
             "the guest kernel panicked: oops",
         ),
         ("exit 7", MachineEnd::Crashed, "the VMM ended with exit status: 7"),

@@ -70,6 +70,7 @@ pub(crate) struct Swept {
 impl Registry {
     pub(crate) fn open(state_dir: &Path) -> Result<Self, Error> {
         let state_dir = std::path::absolute(state_dir).map_err(|error| Error::state(state_dir, &error))?;
+        refuse_anothers(&state_dir)?;
         make_directories(&state_dir).map_err(|error| Error::state(&state_dir, &error))?;
         let owner = fs_err::metadata(&state_dir).map_err(|error| Error::state(&state_dir, &error))?.uid();
         if owner != rustix::process::geteuid().as_raw() {
@@ -359,6 +360,22 @@ impl Registry {
     fn connection(&self) -> MutexGuard<'_, Connection> {
         self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A directory that holds other things is not made private and filled.
+fn refuse_anothers(state_dir: &Path) -> Result<(), Error> {
+    let Ok(entries) = fs_err::read_dir(state_dir) else { return Ok(()) };
+    // A disk of its own has this from the beginning.
+    let mut others = entries.flatten().filter(|entry| entry.file_name() != "lost+found");
+    if others.next().is_none()
+        || state_dir.join("vms").is_dir()
+        || state_dir.join("registry.db.init").exists()
+    {
+        return Ok(());
+    }
+    let text = format!("the state directory '{}' holds other things", state_dir.display());
+    Err(Error::new(ErrorKind::Host, text)
+        .hint("set PYRO_STATE_DIR to a directory that is empty or does not exist"))
 }
 
 /// Makes the directories, which only their owner may look into.

@@ -47,8 +47,8 @@ package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: *\(l
 test -n "$package"
 apt-get download --print-uris "$package" > uris
 digest=$(sed -n 's/.* SHA256:\([0-9a-f]*\).*/\1/p' uris)
-case " $PYRO_KERNELS_STORED " in
-*" $digest "*) echo "$digest" > stored ;;
+case "${digest:-none} $PYRO_KERNELS_STORED " in
+"$digest "*" $digest "*) echo "$digest" > stored ;;
 *) apt-get download "$package" ;;
 esac"#;
 
@@ -181,9 +181,12 @@ pub(crate) fn build(request: &Request<'_>, progress: &dyn Progress) -> Result<Bu
         .args(["--mode=root", "--variant=minbase", "--format=tar", "--architectures=amd64"])
         .args(DPKG_OPTIONS.iter().map(|option| format!("--dpkgopt={option}")))
         .args(APT_OPTIONS.iter().map(|option| format!("--aptopt={option}")));
-    for option in aptconf::host_options(request.tools, staging) {
-        spawn.arg(format!("--aptopt={option}"));
-    }
+    // In a file: a proxy's password must not be in a process listing.
+    let options = staging.join("apt.conf");
+    let text: String =
+        aptconf::host_options(request.tools, staging).iter().map(|option| format!("{option};\n")).collect();
+    files::write_new(&options, text.as_bytes()).map_err(DebianError::files(&options))?;
+    spawn.arg(format!("--aptopt={}", options.display()));
     let definition = request.definition;
     let packages = definition.default_packages.iter().chain(definition.further_packages);
     spawn

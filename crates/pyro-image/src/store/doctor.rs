@@ -74,9 +74,13 @@ impl Store {
         match tried {
             Ok(()) => Check::passed(NAME, "process and mount namespaces can be made"),
             Err(error) => {
-                let hint = error.hint().unwrap_or_else(|| {
-                    "allow user namespaces: sysctl kernel.unprivileged_userns_clone=1".to_owned()
-                });
+                let hint = match &error {
+                    tool::ToolError::Failed { .. } => {
+                        "allow user namespaces: sysctl kernel.unprivileged_userns_clone=1, or run as root"
+                            .to_owned()
+                    }
+                    other => other.hint().unwrap_or_else(|| "run as root".to_owned()),
+                };
                 Check::failed(NAME, error.to_string(), Some(hint))
             }
         }
@@ -84,7 +88,7 @@ impl Store {
 
     fn check_disk(&self) -> Check {
         const NAME: &str = "disk space";
-        let needed = CATALOG.iter().map(|definition| definition.build_mib).min().unwrap_or(0);
+        let needed = CATALOG.first().map_or(0, |definition| definition.build_mib);
         match self.free_mib() {
             Ok(free) => {
                 let detail =

@@ -139,7 +139,9 @@ impl Store {
     pub(super) fn installation(&self, definition: &Definition) -> Result<Option<Installation>, ImageError> {
         let home = self.paths.environment(definition.name);
         let Some(pointer) = usable(&home.join(POINTER), Pointer::parse)? else { return Ok(None) };
-        self.installation_of(definition, &pointer.digest)
+        let found = self.installation_of(definition, &pointer.digest)?;
+        // One that was built from another definition is built anew.
+        Ok(found.filter(|found| found.manifest.version == definition.version))
     }
 
     /// The installation of this digest, the present one or an older one.

@@ -140,15 +140,24 @@ impl Store {
         let Some(kernel_lease) = shared(&self.paths.kernel(kernel_digest))? else { return Ok(None) };
         let Some(kernel) = self.stored_kernel(kernel_digest)? else { return Ok(None) };
 
-        let untouched = installation.looks_untouched() && kernel.looks_untouched();
-        if scrutiny == Scrutiny::Full || !untouched {
+        // What looks touched and is whole gets its present times written down, so that the next look is cheap again.
+        if scrutiny == Scrutiny::Full || !installation.looks_untouched() {
             progress.phase("verifying", definition.name);
-            if installation.verify(&cancelled)?.is_some() || kernel.verify(&cancelled)?.is_some() {
+            if installation.verify(&cancelled)?.is_some() {
                 return Ok(None);
             }
+            if !installation.looks_untouched() {
+                refresh(installation, &cancelled)?;
+            }
         }
-        if !installation.looks_untouched() {
-            refresh(installation, &cancelled)?;
+        if scrutiny == Scrutiny::Full || !kernel.looks_untouched() {
+            progress.phase("verifying", "kernel");
+            if kernel.verify(&cancelled)?.is_some() {
+                return Ok(None);
+            }
+            if !kernel.looks_untouched() {
+                kernel.refresh(&cancelled)?;
+            }
         }
         let (initramfs, initramfs_lease) = self.initramfs(&kernel)?;
         Ok(Some(Environment {

@@ -50,6 +50,17 @@ impl StoredKernel {
         Ok(None)
     }
 
+    /// Writes the present times and inodes down.
+    pub(super) fn refresh(&self, cancelled: &dyn Fn() -> bool) -> Result<(), ImageError> {
+        let mut manifest = self.manifest.clone();
+        for (name, record) in &mut manifest.files {
+            *record = recorded(&self.directory.join(name), cancelled)?;
+        }
+        let path = self.directory.join(MANIFEST);
+        let bytes = manifest::encode(&manifest).map_err(ImageError::cache(&path))?;
+        files::replace(&path, &bytes).map_err(ImageError::cache(path))
+    }
+
     fn is_complete(&self) -> bool {
         let has = |name: &str| self.manifest.files.contains_key(name);
         has(VMLINUX) && kernel::LISTS.iter().all(|(order, _)| has(&in_modules(order)))

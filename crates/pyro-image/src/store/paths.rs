@@ -21,6 +21,7 @@ impl Paths {
     pub(super) fn create(root: &Path) -> Result<Self, ImageError> {
         let root = std::path::absolute(root).map_err(ImageError::cache(root))?;
         let paths = Self { root };
+        paths.refuse_anothers().map_err(ImageError::cache(&paths.root))?;
         for directory in [
             paths.root.clone(),
             paths.environments(),
@@ -37,6 +38,20 @@ impl Paths {
             fs_err::set_permissions(&paths.root, private).map_err(ImageError::cache(&paths.root))?;
         }
         Ok(paths)
+    }
+
+    /// A directory that holds other things is not made private and filled.
+    fn refuse_anothers(&self) -> std::io::Result<()> {
+        let entries = match fs_err::read_dir(&self.root) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            opened => opened?,
+        };
+        // A disk of its own has this from the beginning.
+        let mut others = entries.flatten().filter(|entry| entry.file_name() != "lost+found");
+        if self.environments().exists() || others.next().is_none() {
+            return Ok(());
+        }
+        Err(std::io::Error::other("it holds other things; choose an empty directory"))
     }
 
     pub(super) fn root(&self) -> &Path {

@@ -91,8 +91,15 @@ impl Store {
             }
         }
         let pointer = home.join(POINTER);
-        let dangling =
-            usable(&pointer, Pointer::parse)?.is_none_or(|found| !home.join(found.digest).exists());
+        let dangling = match usable(&pointer, Pointer::parse) {
+            Ok(found) => found.is_none_or(|found| !home.join(found.digest).exists()),
+            // A newer pyro has written it, and may have installations that are not known here.
+            Err(ImageError::Manifest { .. }) => {
+                in_use.insert(name);
+                return files::sync_directory(home).map_err(ImageError::cache(home));
+            }
+            Err(error) => return Err(error),
+        };
         if dangling && pointer.exists() {
             fs_err::remove_file(&pointer).map_err(ImageError::cache(&pointer))?;
         }
@@ -114,15 +121,28 @@ impl Store {
                 self.prune_initramfs(&directory)?;
                 continue;
             }
-            // A lock that is held belongs to a guest, or to a pull that has yet to name this kernel.
+            // A lock that is held belongs to a guest, or to a pull that has yet to name this kernel; one that is free
+            // may belong to a pull that has named it since the first look.
             if let Attempt::Locked(_held) =
                 lock::attempt(&directory, Mode::Exclusive).map_err(ImageError::cache(&directory))?
+                && !self.kernels_named()?.contains(&digest)
             {
                 pruned.freed_bytes += disk_bytes(&directory);
                 staging.discard(&directory).map_err(ImageError::cache(&directory))?;
             }
         }
         Ok(())
+    }
+
+    /// The kernels that any installation needs now.
+    fn kernels_named(&self) -> Result<BTreeSet<String>, ImageError> {
+        let mut named = BTreeSet::new();
+        for home in entries(&self.paths.environments())? {
+            for install in entries(&home)? {
+                named.extend(kernel_of(&install)?);
+            }
+        }
+        Ok(named)
     }
 
     /// Those of other agents, unless a guest that such an agent serves still has its own.
@@ -184,7 +204,12 @@ fn kernel_of(install: &Path) -> Result<Option<String>, ImageError> {
     if !is_digest_directory(install) {
         return Ok(None);
     }
-    Ok(usable(&install.join(MANIFEST), Manifest::parse)?.map(|manifest| manifest.kernel_digest))
+    match usable(&install.join(MANIFEST), Manifest::parse) {
+        Ok(manifest) => Ok(manifest.map(|manifest| manifest.kernel_digest)),
+        // Written by a newer pyro: its kernel has a name that is not known here.
+        Err(ImageError::Manifest { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 fn disk_bytes(path: &Path) -> u64 {

@@ -70,6 +70,14 @@ esac
     }
 
     pub(crate) fn store_with_agent(&self, agent: &'static [u8]) -> Store {
+        self.open(agent).expect("opened")
+    }
+
+    pub(crate) fn try_store(&self) -> Result<Store, pyro_image::ImageError> {
+        self.open(b"agent")
+    }
+
+    fn open(&self, agent: &'static [u8]) -> Result<Store, pyro_image::ImageError> {
         Store::open(StoreConfig {
             cache_dir: self.cache.clone(),
             apt_sources: Some(self.sources()),
@@ -77,7 +85,6 @@ esac
             agent: Cow::Borrowed(agent),
             catalog_version: "2.0.0".to_owned(),
         })
-        .expect("opened")
     }
 
     pub(crate) fn set(&self, name: &str, value: &str) {

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use fs_err::os::unix::fs::OpenOptionsExt;
 use serde::{Deserialize, Serialize};
@@ -16,6 +17,8 @@ const FORMAT: u32 = 1;
 const FILE_BYTES_MAX: u64 = 64 << 10;
 const QEMUS_MAX: usize = 8;
 const KVM_DEVICE: &str = "/dev/kvm";
+/// How long an unusable KVM is believed: what made it so may have been a busy moment.
+const UNUSABLE_SECONDS: u64 = 600;
 
 /// What this host can do.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -43,11 +46,12 @@ impl HostFacts {
             && !boot_id.is_empty()
             && host.facts.boot_id == boot_id
             && host.kvm_key == key
+            && (host.facts.kvm.usable || now().saturating_sub(host.found_at) < UNUSABLE_SECONDS)
         {
             return host.facts;
         }
         let facts = Self { boot_id, kvm: probe_kvm(kvm_device), tsc_khz: measure_tsc_khz() };
-        cache.host = Some(Host { facts: facts.clone(), kvm_key: key });
+        cache.host = Some(Host { facts: facts.clone(), kvm_key: key, found_at: now() });
         cache.write(cache_file);
         facts
     }
@@ -87,6 +91,9 @@ pub(super) struct Cache {
 struct Host {
     facts: HostFacts,
     kvm_key: KvmKey,
+    /// Epoch seconds.
+    #[serde(default)]
+    found_at: u64,
 }
 
 impl Cache {
@@ -134,6 +141,10 @@ impl Cache {
     }
 }
 
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
 fn boot_id() -> String {
     let id = fs_err::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     id.trim().to_owned()
@@ -148,7 +159,7 @@ mod tests {
         let path = dir.join("host.json");
         let mut facts = HostFacts::load_for(&path, &dir.join("kvm"));
         facts.kvm.why = "planted".to_owned();
-        let host = Host { facts, kvm_key: KvmKey::of(&dir.join("kvm")) };
+        let host = Host { facts, kvm_key: KvmKey::of(&dir.join("kvm")), found_at: now() };
         Cache { format: FORMAT, host: Some(host), qemus: Vec::new() }.write(&path);
         path
     }
@@ -161,6 +172,16 @@ mod tests {
         let text = fs_err::read_to_string(&path).expect("a cache");
         let other_boot = text.replace(&boot_id(), "00000000-0000-0000-0000-000000000000");
         fs_err::write(&path, other_boot).expect("written");
+        assert_ne!(HostFacts::load_for(&path, &dir.path().join("kvm")).kvm.why, "planted");
+    }
+
+    #[test]
+    fn an_unusable_kvm_is_tried_again_after_a_while() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = planted(dir.path());
+        let mut cache = Cache::read(&path);
+        cache.host.as_mut().expect("planted").found_at -= UNUSABLE_SECONDS + 1;
+        cache.write(&path);
         assert_ne!(HostFacts::load_for(&path, &dir.path().join("kvm")).kvm.why, "planted");
     }
 

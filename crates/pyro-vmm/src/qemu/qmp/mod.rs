@@ -104,6 +104,14 @@ impl Qmp {
         }
     }
 
+    /// Reads one message that nobody has asked for; an event, most likely. Cancelling it loses nothing.
+    ///
+    /// # Errors
+    /// When the monitor closes the connection or breaks the protocol.
+    pub async fn skip(&mut self) -> Result<(), ControlError> {
+        self.next_message().await.map(drop)
+    }
+
     async fn exchange<C: QmpCommand>(
         &mut self,
         command: &C,

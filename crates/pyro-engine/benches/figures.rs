@@ -1,0 +1,220 @@
+//! The figures of SPECIFICATION.md that a machine gives: cold start against a bare guest on the same VMM, commands in
+//! a running task through the library and through the command, throughput, journals, memory and rest.
+//!
+//! Sides of a ratio take turns in one run. The bare guest is the same kernel with an init that loads the modules of
+//! the channel and writes one byte. `scripts/bench.sh` sets the variables that name kernel, images and program.
+
+#![expect(clippy::print_stdout, reason = "a bench prints its figures")]
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use pyro_engine::{Command, Engine, EngineConfig, ExecSpec, LogQuery, Observer, VmSpec};
+use pyro_process::Spawn;
+use pyro_vmm::host::{HostFacts, find_qemu, qemu_version};
+use pyro_vmm::{Accel, DiskCache, MachineSpec, Qemu, QemuConfig, Vmm};
+use tokio::io::AsyncReadExt;
+
+const ROUNDS: usize = 15;
+const COMMANDS: usize = 200;
+const ENTRIES: u64 = 10_000;
+const STREAM_BYTES: usize = 256 << 20;
+const REST: Duration = Duration::from_secs(10);
+
+fn variable(name: &str) -> PathBuf {
+    std::env::var_os(name).map(PathBuf::from).unwrap_or_else(|| panic!("{name} is not set; use `make bench`"))
+}
+
+#[tokio::main]
+async fn main() {
+    let state = tempfile::tempdir().expect("a directory");
+    let config = EngineConfig {
+        state_dir: state.path().to_owned(),
+        cache_dir: variable("PYRO_TEST_ENVIRONMENTS"),
+        apt_sources: None,
+        tool_path: std::env::var_os("PATH").unwrap_or_default(),
+        backend: None,
+        max_active_vms: 4,
+        max_ttl_seconds: 3600,
+        supervisor: Some(variable("PYRO_TEST_PROGRAM")),
+    };
+    let engine = Engine::open(config.clone()).expect("the engine opens");
+    starts(&engine, &config).await;
+    tasks(&engine, &config).await;
+}
+
+async fn starts(engine: &Engine, config: &EngineConfig) {
+    let cache = config.state_dir.join("host.json");
+    let binary = find_qemu(&config.tool_path).expect("QEMU is installed");
+    let version = qemu_version(&binary, &cache).expect("it tells its version");
+    let facts = HostFacts::load(&cache);
+    let accel = if facts.kvm.usable { Accel::Kvm } else { Accel::Tcg { tsc_khz: facts.tsc_khz } };
+    let qemu = Qemu::new(QemuConfig { binary, version: version.version, sandbox: version.sandbox, accel });
+    let bare_dir = tempfile::tempdir().expect("a directory");
+    let (mut bare, mut whole, mut guest) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        bare.push(boot_bare(&qemu, bare_dir.path()).await);
+        let began = Instant::now();
+        let exec = ExecSpec::new(Command::argv(["true"]));
+        let result = engine.run(VmSpec::new("debian:12"), exec, Observer::none()).await.expect("it runs");
+        whole.push(began.elapsed());
+        guest.push(Duration::from_secs_f64((result.timings.start + result.timings.handshake) / 1e3));
+    }
+    let (bare, whole, guest) = (median(bare), median(whole), median(guest));
+    let ratio = |time: Duration| time.as_secs_f64() / bare.as_secs_f64();
+    println!("cold start: bare guest, first byte           {:8.1} ms", millis(bare));
+    println!(
+        "cold start: pyro, ready for a command        {:8.1} ms   {:.2} x bare",
+        millis(guest),
+        ratio(guest)
+    );
+    println!(
+        "cold start: pyro, `true` ended, cleaned up   {:8.1} ms   {:.2} x bare",
+        millis(whole),
+        ratio(whole)
+    );
+}
+
+async fn tasks(engine: &Engine, config: &EngineConfig) {
+    let began = Instant::now();
+    let task = engine.create_task(VmSpec::new("debian:12"), Observer::none()).await.expect("a task");
+    let id = task.task_id;
+    exec(engine, &id, &["true"]).await;
+    println!("task: create to the end of its first command {:8.1} ms", millis(began.elapsed()));
+
+    // A program without a library, so that what is timed is the way to it and back.
+    let no_op = std::fs::read(variable("PYRO_TEST_NO_OP")).expect("a program");
+    let mut install = ExecSpec::new(Command::Shell("cat > /no-op && chmod +x /no-op".to_owned()));
+    install.stdin = Some(Box::new(std::io::Cursor::new(no_op)));
+    engine.exec_task(&id, install, Observer::none()).await.expect("installed");
+    let program = config.supervisor.as_deref().expect("set above");
+    let (mut library, mut command) = (Vec::new(), Vec::new());
+    for _ in 0..COMMANDS {
+        let began = Instant::now();
+        exec(engine, &id, &["/no-op"]).await;
+        library.push(began.elapsed());
+        let began = Instant::now();
+        let mut spawn = Spawn::new(program, Path::new("/"));
+        spawn.args(["task", "exec", &id, "--", "/no-op"]).env("HOME", "/").env("PATH", &config.tool_path);
+        spawn.env("PYRO_STATE_DIR", &config.state_dir).env("PYRO_ENVIRONMENT_CACHE_DIR", &config.cache_dir);
+        assert!(pyro_process::output(spawn).expect("it runs").status.success());
+        command.push(began.elapsed());
+    }
+    println!("exec of a static no-op: through the library   {:7.2} ms", millis(median(library)));
+    println!("exec of a static no-op: through the command   {:7.2} ms", millis(median(command)));
+
+    let began = Instant::now();
+    let size = STREAM_BYTES.to_string();
+    let result = exec(engine, &id, &["head", "-c", &size, "/dev/zero"]).await;
+    assert_eq!(result.stdout_bytes, STREAM_BYTES as u64);
+    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+    let rate = STREAM_BYTES as f64 / began.elapsed().as_secs_f64() / 1e6;
+    println!("output of a guest, into journal and caller    {rate:7.1} MB/s");
+
+    let supervisor = supervisor(&id);
+    println!("memory of a supervisor: resident              {:7.1} MB", resident(supervisor));
+    let before = processor(supervisor);
+    tokio::time::sleep(REST).await;
+    let used = (processor(supervisor) - before).as_secs_f64() / REST.as_secs_f64() * 100.0;
+    println!("processor time of an idle supervisor          {used:7.2} %");
+    engine.delete_task(&id).await.expect("deleted");
+
+    journal(engine, config).await;
+}
+
+/// A journal of many entries, as a supervisor would have written it.
+async fn journal(engine: &Engine, config: &EngineConfig) {
+    let task = engine.create_task(VmSpec::new("debian:12"), Observer::none()).await.expect("a task");
+    let id = task.task_id;
+    exec(engine, &id, &["echo", "one line"]).await;
+    let commands = config.state_dir.join("tasks").join(&id).join("commands");
+    let entry = std::fs::read_to_string(commands.join("000001.json")).expect("an entry");
+    for sequence in 2..=ENTRIES {
+        let text = entry
+            .replace("\"sequence\": 1,", &format!("\"sequence\": {sequence},"))
+            .replace("000001.", &format!("{sequence:06}."));
+        std::fs::write(commands.join(format!("{sequence:06}.json")), text).expect("written");
+        std::fs::write(commands.join(format!("{sequence:06}.stdout")), "one line\n").expect("written");
+        std::fs::write(commands.join(format!("{sequence:06}.stderr")), "").expect("written");
+    }
+    for (what, query) in
+        [("all", LogQuery::default()), ("the newest 20", LogQuery { limit: Some(20), ..LogQuery::default() })]
+    {
+        let began = Instant::now();
+        let logs = engine.logs_task(&id, query).await.expect("read");
+        println!(
+            "logs of {ENTRIES} entries: {what:14}          {:7.1} ms   {} read",
+            millis(began.elapsed()),
+            logs.count
+        );
+    }
+    engine.delete_task(&id).await.expect("deleted");
+}
+
+async fn exec(engine: &Engine, id: &str, words: &[&str]) -> pyro_engine::ExecResult {
+    let mut spec = ExecSpec::new(Command::argv(words));
+    spec.timeout_seconds = 300.0;
+    let result = engine.exec_task(id, spec, Observer::none()).await.expect("it runs");
+    assert_eq!(result.exit_code, 0, "{result:?}");
+    result
+}
+
+async fn boot_bare(qemu: &Qemu, dir: &Path) -> Duration {
+    let [rootfs, overlay] = ["bare-rootfs", "bare-overlay"].map(|name| {
+        let disk = dir.join(name);
+        std::fs::File::create(&disk).and_then(|file| file.set_len(1 << 20)).expect("a disk");
+        disk
+    });
+    let spec = MachineSpec {
+        dir: dir.to_owned(),
+        kernel: variable("PYRO_TEST_KERNEL"),
+        initramfs: variable("PYRO_TEST_VMM_INITRAMFS"),
+        rootfs,
+        overlay,
+        overlay_cache: DiskCache::Unsafe,
+        vcpus: 1,
+        memory_mib: 1024,
+        kernel_args: Vec::new(),
+    };
+    let began = Instant::now();
+    let machine = qemu.launch(&spec).await.expect("launched");
+    let mut stream = machine.take_stream().expect("a channel");
+    stream.read_exact(&mut [0]).await.expect("a byte");
+    let time = began.elapsed();
+    machine.kill().await;
+    time
+}
+
+fn supervisor(id: &str) -> u32 {
+    let processes = std::fs::read_dir("/proc").expect("proc").flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let serves = |pid: &u32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(&format!("supervise\0{id}"))
+    };
+    pids.into_iter().find(serves).expect("the supervisor lives")
+}
+
+fn resident(pid: u32) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it lives");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("told");
+    line.trim().trim_end_matches("kB").trim().parse::<f64>().expect("a number") / 1e3
+}
+
+/// The processor time that a process has used.
+fn processor(pid: u32) -> Duration {
+    const TICKS_PER_SECOND: u64 = 100;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it lives");
+    let (_, rest) = stat.rsplit_once(") ").expect("a name");
+    let ticks: u64 = rest.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+    Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND)
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
