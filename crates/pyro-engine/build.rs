@@ -6,6 +6,8 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use sha2::{Digest, Sha256};
+
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -16,7 +18,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-#[expect(clippy::disallowed_methods, reason = "a build script has no owner to outlive")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a build script has no owner to outlive, and fails by panicking"
+)]
 fn build_agent() {
     let var = |name| std::env::var(name).unwrap_or_else(|error| panic!("{name}: {error}"));
     let root = PathBuf::from(var("CARGO_MANIFEST_DIR")).join("../..");
@@ -38,5 +43,10 @@ fn build_agent() {
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .status();
     assert!(status.is_ok_and(|status| status.success()), "the guest agent could not be built");
-    println!("cargo::rustc-env=PYRO_AGENT={}", target_dir.join(TARGET).join("agent/pyro-agent").display());
+    let agent = target_dir.join(TARGET).join("agent/pyro-agent");
+    println!("cargo::rustc-env=PYRO_AGENT={}", agent.display());
+    // Known in advance, it need not be computed by every process that opens an engine.
+    let bytes = std::fs::read(&agent).unwrap_or_else(|error| panic!("{}: {error}", agent.display()));
+    let digest: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    println!("cargo::rustc-env=PYRO_AGENT_DIGEST={digest}");
 }

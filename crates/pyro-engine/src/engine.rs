@@ -94,6 +94,7 @@ impl Engine {
             apt_sources: config.apt_sources.clone(),
             tool_path: config.tool_path.clone(),
             agent: crate::AGENT.into(),
+            agent_digest: crate::AGENT_DIGEST.into(),
             catalog_version: crate::VERSION.to_owned(),
         })?;
         let registry = Arc::new(Registry::open(&config.state_dir)?);

@@ -56,3 +56,6 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// The static guest agent that this engine carries.
 static AGENT: &[u8] = include_bytes!(env!("PYRO_AGENT"));
+
+/// Its SHA-256, as hexadecimal digits.
+const AGENT_DIGEST: &str = env!("PYRO_AGENT_DIGEST");

@@ -12,10 +12,6 @@ pub(crate) enum DigestError {
     Cancelled,
 }
 
-pub(crate) fn of_bytes(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
 /// Reads the whole file; `cancelled` is asked for every MiB.
 pub(crate) fn of_file(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<String, DigestError> {
     let mut file = fs_err::File::open(path).map_err(DigestError::Read)?;

@@ -1,7 +1,7 @@
 //! The initramfs: the agent as `/init`, and the modules that it loads first.
 //!
-//! Uncompressed, because loading it is cheaper than unpacking it. The agent finds `/modules/order` and
-//! the further lists of the kernel: one file name of `/modules` a line, to be loaded in this order.
+//! Uncompressed, because loading it is cheaper than unpacking it. The agent finds `/modules/order`:
+//! one file name of `/modules` a line, to be loaded in this order.
 
 use std::io::{self, Write};
 

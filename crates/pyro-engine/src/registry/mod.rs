@@ -365,8 +365,9 @@ impl Registry {
 /// A directory that holds other things is not made private and filled.
 fn refuse_anothers(state_dir: &Path) -> Result<(), Error> {
     let Ok(entries) = fs_err::read_dir(state_dir) else { return Ok(()) };
-    // A disk of its own has this from the beginning.
-    let mut others = entries.flatten().filter(|entry| entry.file_name() != "lost+found");
+    // What another process has just begun to make is ours; and a disk of its own has `lost+found`.
+    let ours = ["vms", "tasks", "trash", "quarantine", "lost+found"];
+    let mut others = entries.flatten().filter(|entry| !ours.iter().any(|name| entry.file_name() == *name));
     if others.next().is_none()
         || state_dir.join("vms").is_dir()
         || state_dir.join("registry.db.init").exists()

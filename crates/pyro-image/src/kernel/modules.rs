@@ -72,7 +72,8 @@ impl Set {
         }
         let file = self.files.get(name).ok_or_else(|| KernelError::MissingModule(name.to_owned()))?;
         let damaged = |source| KernelError::Module { name: name.to_owned(), source };
-        let bytes = decompressed(file).map_err(damaged)?;
+        let mut bytes = decompressed(file).map_err(damaged)?;
+        bytes.truncate(unsigned_length(&bytes));
         let info = parse_modinfo(&bytes).map_err(damaged)?;
         marks.insert(name.to_owned(), Mark::Open);
         if marks.values().filter(|mark| **mark == Mark::Open).count() > DEEPEST {
@@ -89,6 +90,23 @@ impl Set {
     }
 }
 
+/// The length of a module without the signature behind it.
+///
+/// The package was verified before it came here, and the kernel does not insist: checking it once more in every boot
+/// costs several milliseconds for each module where the processor is emulated.
+fn unsigned_length(module: &[u8]) -> usize {
+    const MARK: &[u8] = b"~Module signature appended~\n";
+    /// `struct module_signature`, whose last four bytes are the length of what precedes it.
+    const TRAILER: usize = 12;
+    let signed = || {
+        let before = module.strip_suffix(MARK)?;
+        let (rest, trailer) = before.split_at_checked(before.len().checked_sub(TRAILER)?)?;
+        let length = u32::from_be_bytes(trailer.last_chunk().copied()?);
+        rest.len().checked_sub(usize::try_from(length).ok()?)
+    };
+    signed().unwrap_or(module.len())
+}
+
 fn decompressed(file: &[u8]) -> Result<Vec<u8>, ModinfoError> {
     let mut bytes = Vec::new();
     let read =
@@ -96,5 +114,26 @@ fn decompressed(file: &[u8]) -> Result<Vec<u8>, ModinfoError> {
     match read {
         Ok(length) if length as u64 <= MOST_MODULE => Ok(bytes),
         _ => Err(ModinfoError::Compression),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signature_is_cut_off_and_nothing_else_is() {
+        let signed = |length: u32| {
+            let trailer = [&[0_u8; 8][..], &length.to_be_bytes(), b"~Module signature appended~\n"].concat();
+            [b"module", &b"signature"[..], &trailer].concat()
+        };
+        assert_eq!(unsigned_length(&signed(9)), 6);
+        // What lies about its length is taken as it is.
+        for length in [16, u32::MAX] {
+            assert_eq!(unsigned_length(&signed(length)), signed(length).len());
+        }
+        for plain in [&b""[..], b"module", b"~Module signature appended~\n"] {
+            assert_eq!(unsigned_length(plain), plain.len());
+        }
     }
 }

@@ -26,7 +26,6 @@ use std::borrow::Cow;
 use std::ffi::OsString;
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::OnceLock;
 
 pub use self::doctor::Check;
 pub use self::entry::{Entry, Inspection, Pulled};
@@ -35,7 +34,7 @@ pub use self::prune::Pruned;
 use crate::catalog::{self, CATALOG};
 use crate::progress::Progress;
 use crate::tool::Tools;
-use crate::{ImageError, digest, staging};
+use crate::{ImageError, staging};
 
 /// What a store is opened with.
 #[derive(Clone, Debug)]
@@ -48,6 +47,8 @@ pub struct StoreConfig {
     pub tool_path: OsString,
     /// The static guest agent, which becomes `/init`.
     pub agent: Cow<'static, [u8]>,
+    /// The agent's SHA-256, as hexadecimal digits: each agent has an initramfs of its own.
+    pub agent_digest: Cow<'static, str>,
     /// Reported with every entry.
     pub catalog_version: String,
 }
@@ -58,7 +59,6 @@ pub struct Store {
     paths: Paths,
     config: Config,
     tools: Tools,
-    agent_digest: OnceLock<String>,
 }
 
 /// The configuration without what would fill a screen in debug output.
@@ -113,7 +113,7 @@ impl Store {
         let tools = Tools::new(&config.tool_path);
         let root = paths.staging();
         staging::sweep(&root, &tools).map_err(ImageError::cache(root))?;
-        Ok(Self { paths, config: Config(config), tools, agent_digest: OnceLock::new() })
+        Ok(Self { paths, config: Config(config), tools })
     }
 
     /// Checks that the catalog has an environment of this name, without looking at the disk.
@@ -198,6 +198,6 @@ impl Store {
     }
 
     fn agent_digest(&self) -> &str {
-        self.agent_digest.get_or_init(|| digest::of_bytes(&self.config.0.agent))
+        &self.config.0.agent_digest
     }
 }

@@ -46,8 +46,10 @@ impl Paths {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
             opened => opened?,
         };
-        // A disk of its own has this from the beginning.
-        let mut others = entries.flatten().filter(|entry| entry.file_name() != "lost+found");
+        // What another process has just begun to make is ours; and a disk of its own has `lost+found`.
+        let ours = ["envs", "kernels", "staging", "locks", "lost+found"];
+        let mut others =
+            entries.flatten().filter(|entry| !ours.iter().any(|name| entry.file_name() == *name));
         if self.environments().exists() || others.next().is_none() {
             return Ok(());
         }

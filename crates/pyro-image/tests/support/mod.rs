@@ -83,6 +83,7 @@ esac
             apt_sources: Some(self.sources()),
             tool_path: self.root.join("bin").into_os_string(),
             agent: Cow::Borrowed(agent),
+            agent_digest: Sha256::digest(agent).iter().map(|byte| format!("{byte:02x}")).collect(),
             catalog_version: "2.0.0".to_owned(),
         })
     }

@@ -49,9 +49,22 @@ const KERNEL_ARGS: &[&str] = &[
     "debugfs=off",
 ];
 
-/// In software, defences against the leaks of a processor that is not there only cost time.
-const KERNEL_ARGS_TCG: &[&str] =
-    &["noreplace-smp", "mitigations=off", "nokaslr", "init_on_alloc=0", "apparmor=0", "selinux=0", "lsm="];
+/// In software, defences against the leaks of a processor that is not there only cost time; and so do the kernel's
+/// checks of itself and its accounts of stalls, a tenth of every fork and exec together.
+const KERNEL_ARGS_TCG: &[&str] = &[
+    "noreplace-smp",
+    "mitigations=off",
+    "nokaslr",
+    "init_on_alloc=0",
+    "hardened_usercopy=off",
+    "randomize_kstack_offset=off",
+    "kfence.sample_interval=0",
+    "psi=0",
+    "nowatchdog",
+    "apparmor=0",
+    "selinux=0",
+    "lsm=",
+];
 
 /// All arguments after the program's name.
 pub(super) fn arguments(config: &QemuConfig, spec: &MachineSpec) -> Vec<OsString> {
@@ -197,7 +210,7 @@ mod tests {
 -smp 1
 -kernel /images/vmlinux
 -initrd /images/initramfs.cpio
--append console=ttyS0 8250.nr_uarts=1 8250.skip_txen_test=1 quiet reboot=t panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 cryptomgr.notests audit=0 i8042.noaux i8042.nokbd pci=off raid=noautodetect debugfs=off noreplace-smp mitigations=off nokaslr init_on_alloc=0 apparmor=0 selinux=0 lsm= tsc_early_khz=2596120 tsc=reliable pyro.task=k3v9
+-append console=ttyS0 8250.nr_uarts=1 8250.skip_txen_test=1 quiet reboot=t panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 cryptomgr.notests audit=0 i8042.noaux i8042.nokbd pci=off raid=noautodetect debugfs=off noreplace-smp mitigations=off nokaslr init_on_alloc=0 hardened_usercopy=off randomize_kstack_offset=off kfence.sample_interval=0 psi=0 nowatchdog apparmor=0 selinux=0 lsm= tsc_early_khz=2596120 tsc=reliable pyro.task=k3v9
 -chardev socket,id=control,fd=4
 -mon chardev=control,mode=control
 -chardev socket,id=console,fd=5
