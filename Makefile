@@ -6,8 +6,12 @@ test: setup ## Run every test, with real microVMs
 	scripts/test.sh
 check: ## Format, lints, dependency policy, docs
 	scripts/check.sh
+chaos: setup ## Kill everything at random, FOR seconds (600) from a SEED
+	scripts/chaos.sh
+fuzz: setup ## Feed every decoder of foreign bytes, FOR seconds each (20)
+	scripts/fuzz.sh
 bench: setup ## Measure what SPECIFICATION.md promises
 	scripts/bench.sh
 setup: ## Install what a fresh Debian machine lacks
 	@scripts/setup.sh
-.PHONY: help run test check bench setup
+.PHONY: help run test check chaos fuzz bench setup

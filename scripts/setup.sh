@@ -4,6 +4,7 @@ set -eu
 missing=
 need() { command -v "$1" >/dev/null 2>&1 || missing="$missing $2"; }
 need cc gcc
+need c++ g++
 need make make
 need qemu-system-x86_64 qemu-system-x86
 need mmdebstrap mmdebstrap
@@ -12,6 +13,7 @@ need mke2fs e2fsprogs
 need fsck.erofs erofs-utils
 need cpio cpio
 need strip binutils
+[ -e /usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 ] || missing="$missing libfaketime"
 [ -n "$missing" ] || exit 0
 echo "installing:$missing" >&2
 run=
