@@ -83,7 +83,7 @@ async fn tasks(engine: &Engine, config: &EngineConfig) {
     println!("task: create to the end of its first command {:8.1} ms", millis(began.elapsed()));
 
     // A program without a library, so that what is timed is the way to it and back.
-    let no_op = std::fs::read(variable("PYRO_TEST_NO_OP")).expect("a program");
+    let no_op = fs_err::read(variable("PYRO_TEST_NO_OP")).expect("a program");
     let mut install = ExecSpec::new(Command::Shell("cat > /no-op && chmod +x /no-op".to_owned()));
     install.stdin = Some(Box::new(std::io::Cursor::new(no_op)));
     engine.exec_task(&id, install, Observer::none()).await.expect("installed");
@@ -128,14 +128,14 @@ async fn journal(engine: &Engine, config: &EngineConfig) {
     let id = task.task_id;
     exec(engine, &id, &["echo", "one line"]).await;
     let commands = config.state_dir.join("tasks").join(&id).join("commands");
-    let entry = std::fs::read_to_string(commands.join("000001.json")).expect("an entry");
+    let entry = fs_err::read_to_string(commands.join("000001.json")).expect("an entry");
     for sequence in 2..=ENTRIES {
         let text = entry
             .replace("\"sequence\": 1,", &format!("\"sequence\": {sequence},"))
             .replace("000001.", &format!("{sequence:06}."));
-        std::fs::write(commands.join(format!("{sequence:06}.json")), text).expect("written");
-        std::fs::write(commands.join(format!("{sequence:06}.stdout")), "one line\n").expect("written");
-        std::fs::write(commands.join(format!("{sequence:06}.stderr")), "").expect("written");
+        fs_err::write(commands.join(format!("{sequence:06}.json")), text).expect("written");
+        fs_err::write(commands.join(format!("{sequence:06}.stdout")), "one line\n").expect("written");
+        fs_err::write(commands.join(format!("{sequence:06}.stderr")), "").expect("written");
     }
     for (what, query) in
         [("all", LogQuery::default()), ("the newest 20", LogQuery { limit: Some(20), ..LogQuery::default() })]
@@ -162,7 +162,7 @@ async fn exec(engine: &Engine, id: &str, words: &[&str]) -> pyro_engine::ExecRes
 async fn boot_bare(qemu: &Qemu, dir: &Path) -> Duration {
     let [rootfs, overlay] = ["bare-rootfs", "bare-overlay"].map(|name| {
         let disk = dir.join(name);
-        std::fs::File::create(&disk).and_then(|file| file.set_len(1 << 20)).expect("a disk");
+        fs_err::File::create(&disk).and_then(|file| file.set_len(1 << 20)).expect("a disk");
         disk
     });
     let spec = MachineSpec {
@@ -186,17 +186,17 @@ async fn boot_bare(qemu: &Qemu, dir: &Path) -> Duration {
 }
 
 fn supervisor(id: &str) -> u32 {
-    let processes = std::fs::read_dir("/proc").expect("proc").flatten();
+    let processes = fs_err::read_dir("/proc").expect("proc").flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let serves = |pid: &u32| {
-        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = fs_err::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         String::from_utf8_lossy(&line).contains(&format!("supervise\0{id}"))
     };
     pids.into_iter().find(serves).expect("the supervisor lives")
 }
 
 fn resident(pid: u32) -> f64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it lives");
+    let status = fs_err::read_to_string(format!("/proc/{pid}/status")).expect("it lives");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("told");
     line.trim().trim_end_matches("kB").trim().parse::<f64>().expect("a number") / 1e3
 }
@@ -204,7 +204,7 @@ fn resident(pid: u32) -> f64 {
 /// The processor time that a process has used.
 fn processor(pid: u32) -> Duration {
     const TICKS_PER_SECOND: u64 = 100;
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it lives");
+    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat")).expect("it lives");
     let (_, rest) = stat.rsplit_once(") ").expect("a name");
     let ticks: u64 = rest.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
     Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND)

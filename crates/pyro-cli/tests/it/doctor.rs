@@ -30,7 +30,7 @@ fn doctor_proves_what_kvm_is_worth() {
 #[test]
 fn doctor_reports_also_where_nothing_works() {
     let pyro = Pyro::new();
-    std::fs::write(pyro.state().join("file"), "").expect("written");
+    fs_err::write(pyro.state().join("file"), "").expect("written");
     let nowhere = pyro.state().join("file/state");
     let output = crate::support::start(
         pyro.command(&["doctor", "--json"])
@@ -115,14 +115,14 @@ fn a_task_may_be_on_the_host_too() {
 #[test]
 fn a_state_directory_is_private_and_junk_in_it_stops_nobody() {
     let pyro = Pyro::new();
-    std::fs::create_dir_all(pyro.state().join("vms")).expect("made");
-    std::fs::write(pyro.state().join("vms/junk"), "").expect("written");
-    std::fs::set_permissions(pyro.state(), std::fs::Permissions::from_mode(0o755)).expect("opened up");
+    fs_err::create_dir_all(pyro.state().join("vms")).expect("made");
+    fs_err::write(pyro.state().join("vms/junk"), "").expect("written");
+    fs_err::set_permissions(pyro.state(), std::fs::Permissions::from_mode(0o755)).expect("opened up");
     assert!(pyro.run(&["run", "debian:12", "--", "true"]).status.success());
-    let mode = std::fs::metadata(pyro.state()).expect("there").permissions().mode();
+    let mode = fs_err::metadata(pyro.state()).expect("there").permissions().mode();
     assert_eq!(mode & 0o777, 0o700);
     let report = pyro.json(&["doctor", "--json"]);
     let issue = report["issues"][0]["issue"].as_str().expect("an issue");
     assert!(issue.contains("vms/junk"), "{report}");
-    std::fs::remove_file(pyro.state().join("vms/junk")).expect("removed");
+    fs_err::remove_file(pyro.state().join("vms/junk")).expect("removed");
 }

@@ -1,7 +1,7 @@
 //! How an earlier system of this kind lost and leaked, one test for each that is not told by another: the numbers are
 //! those of the list that was made of it.
 
-use std::fs;
+use fs_err as fs;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 

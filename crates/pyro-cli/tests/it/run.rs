@@ -216,10 +216,11 @@ fn bytes_that_are_no_text_survive_and_are_replaced_in_json_only() {
 #[test]
 fn output_that_cannot_be_written_is_a_failure_and_output_that_nobody_reads_is_an_end() {
     let pyro = Pyro::new();
-    let full = std::fs::File::options().write(true).open("/dev/full").expect("there");
-    let output = start(pyro.command(&["run", "debian:12", "--", "echo", "important"]).stdout(full))
-        .wait_with_output()
-        .expect("pyro ends");
+    let full = fs_err::OpenOptions::new().write(true).open("/dev/full").expect("there");
+    let output =
+        start(pyro.command(&["run", "debian:12", "--", "echo", "important"]).stdout(full.into_file()))
+            .wait_with_output()
+            .expect("pyro ends");
     assert_eq!(output.status.code(), Some(125), "{output:?}");
     assert!(text(&output.stderr).contains("error: the output could not be written"), "{output:?}");
     let mut child = pyro.spawn(&["run", "debian:12", "--", "yes"]);

@@ -1,6 +1,6 @@
 //! A pyro of a test's own, and ways to look for what it leaves behind.
 
-use std::fs;
+use fs_err as fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};

@@ -1,6 +1,6 @@
 //! `pyro task`: a machine that stays, commands in it, and their record.
 
-use std::fs;
+use fs_err as fs;
 use std::io::{Read, Write};
 use std::process::Stdio;
 

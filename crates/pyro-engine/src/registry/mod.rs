@@ -466,7 +466,7 @@ mod tests {
         let old = |id: &str| VmRecord::new(id, &VmSpec::new("debian:12"), "1.0.0", "qemu-tcg", 0.0);
         let (lease, record) = registry.admit(1, old).expect("admitted");
         drop(lease);
-        assert_eq!(registry.sweep().vm_ids, [record.vm_id.clone()]);
+        assert_eq!(registry.sweep().vm_ids, std::slice::from_ref(&record.vm_id));
         assert_eq!(registry.get(&record.vm_id).expect_err("gone").kind(), ErrorKind::Expired);
     }
 
@@ -502,7 +502,7 @@ mod tests {
         let _held = registry.admit(1, record).expect("admitted");
         drop(registry);
         for end in ["", "-wal", "-shm"] {
-            drop(std::fs::remove_file(dir.path().join(format!("registry.db{end}"))));
+            drop(fs_err::remove_file(dir.path().join(format!("registry.db{end}"))));
         }
         let registry = Registry::open(dir.path()).expect("made anew");
         assert_eq!(registry.live().expect("counted"), 1);

@@ -151,8 +151,8 @@ fn modules_come_after_what_they_need_and_only_once() {
     let lists = set.select(lists).expect("an order");
     let (first, second) = (&lists[0], &lists[1]);
     let names = |list: &[super::Module]| list.iter().map(|module| module.name.clone()).collect::<Vec<_>>();
-    assert_eq!(names(&first), ["helper", "core", "failover", "net"]);
-    assert_eq!(names(&second), ["extra"]);
+    assert_eq!(names(first), ["helper", "core", "failover", "net"]);
+    assert_eq!(names(second), ["extra"]);
 }
 
 #[test]
