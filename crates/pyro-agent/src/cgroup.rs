@@ -83,9 +83,9 @@ impl GuestCgroup {
 }
 
 impl ExecCgroup {
-    /// The file into which a child writes `0` to join.
-    pub(crate) fn procs(&self) -> io::Result<File> {
-        OpenOptions::new().write(true).open(self.path.join("cgroup.procs"))
+    /// The directory, by which a child begins in the group.
+    pub(crate) fn directory(&self) -> io::Result<File> {
+        File::open(&self.path)
     }
 
     /// Kills every process of the command, whatever session it has moved to.

@@ -4,12 +4,10 @@
 //! the process, not the agent. The command's own end is that of its main process: what it left in the
 //! background lives on, and its output is no longer awaited.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::Stdio;
+use std::os::unix::process::ExitStatusExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +26,7 @@ use tonic::{Status, Streaming};
 
 use crate::boot::{COMMAND_FILES, DISK, Guest};
 use crate::cgroup::ExecCgroup;
+use crate::launch::{Launch, LaunchError, launch};
 use crate::reaper::Reaper;
 
 /// How long output of background processes is awaited after the main process has ended and the pipe is empty.
@@ -117,46 +116,37 @@ struct Process {
 }
 
 impl Running {
-    /// There is no `await` between making the group, the fork and the registration with the reaper.
+    /// There is no `await` between making the group, the start and the registration with the reaper.
     fn start(guest: &Guest, reaper: &Reaper, command: &Command) -> Result<Self, ExecRefused> {
         let other = |error: io::Error| refused(&error, "the agent could not prepare the command");
         let cgroup = guest.cgroup.exec().map_err(other)?;
-        let procs = cgroup.procs().map_err(other)?;
-        let namespaces = [&guest.namespace, &guest.cgroup_namespace].map(OwnedFd::try_clone);
-        let [mounts, cgroups] = namespaces;
-        let (mounts, cgroups) = (mounts.map_err(other)?, cgroups.map_err(other)?);
-        let mut process = prepare(command);
-        let null = guest.null.try_clone().map_err(other)?;
-        process.stdin(if command.start.stdin { Stdio::piped() } else { Stdio::from(null) });
-        let cwd = command.cwd.clone();
-        let hook = move || enter(&procs.as_fd(), &mounts, &cgroups, &cwd);
-        #[expect(unsafe_code, reason = "code between fork and exec")]
-        // SAFETY: the hook makes system calls only.
-        unsafe {
-            process.pre_exec(hook)
+        let directory = cgroup.directory().map_err(other)?;
+        let words = Words::of(&command.start).map_err(other)?;
+        let (stdin, stdin_end) = if command.start.stdin {
+            let (end, pipe) = pipe_pair().map_err(other)?;
+            (Some(pipe), end)
+        } else {
+            (None, guest.null.try_clone().map_err(other)?.into())
         };
+        let (stdout, stdout_end) = pipe_pair().map_err(other)?;
+        let (stderr, stderr_end) = pipe_pair().map_err(other)?;
         let began = Instant::now();
-        #[expect(clippy::disallowed_methods, reason = "commands belong to the guest, not to their parent")]
-        let mut child = process.spawn().map_err(|error| {
-            let what = if error.raw_os_error() == Some(NO_DIRECTORY) {
-                return ExecRefused {
-                    reason: exec_refused::Reason::NoSuchDirectory.into(),
-                    message: format!("no such directory: {}", command.cwd.to_string_lossy()),
-                };
-            } else {
-                process.get_program().to_string_lossy().into_owned()
-            };
-            refused(&error, &what)
-        })?;
-        let pid = Pid::from_child(&child);
+        let pid = launch(&Launch {
+            candidates: &words.candidates,
+            argv: &words.argv,
+            envp: &words.envp,
+            cwd: &command.cwd,
+            files: COMMAND_FILES,
+            stdio: [stdin_end.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()],
+            cgroup: directory.as_fd(),
+            cgroup_namespace: guest.cgroup_namespace.as_fd(),
+            mount_namespace: guest.namespace.as_fd(),
+        })
+        .map_err(|error| words.refused(error, &command.cwd))?;
         let ended = reaper.watch(pid);
-        let stdin = child.stdin.take().map(OwnedFd::from).map(pipe::Sender::from_owned_fd);
-        let missing = || io::Error::other("a pipe is missing");
-        let stdout = child.stdout.take().map(OwnedFd::from).ok_or_else(missing);
-        let stderr = child.stderr.take().map(OwnedFd::from).ok_or_else(missing);
-        let stdout = stdout.and_then(pipe::Receiver::from_owned_fd).map_err(other)?;
-        let stderr = stderr.and_then(pipe::Receiver::from_owned_fd).map_err(other)?;
-        let stdin = stdin.transpose().map_err(other)?;
+        let stdin = stdin.map(pipe::Sender::from_owned_fd).transpose().map_err(other)?;
+        let stdout = pipe::Receiver::from_owned_fd(stdout).map_err(other)?;
+        let stderr = pipe::Receiver::from_owned_fd(stderr).map_err(other)?;
         Ok(Self { process: Process { pid, cgroup, ended, status: None }, began, stdin, stdout, stderr })
     }
 
@@ -220,56 +210,70 @@ impl Process {
     }
 }
 
-/// The program, its arguments and its environment.
-fn prepare(command: &Command) -> std::process::Command {
-    let start = &command.start;
-    let mut process = if let Some((program, rest)) = start.argv.split_first() {
-        let mut process = std::process::Command::new(OsStr::from_bytes(program));
-        process.args(rest.iter().map(|word| OsStr::from_bytes(word)));
-        process
-    } else {
-        let mut process = std::process::Command::new("/bin/sh");
-        process.arg("-lc").arg(OsStr::from_bytes(&start.shell));
-        process
-    };
-    process
-        .env_clear()
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-        .env("HOME", "/root")
-        .env("USER", "root")
-        .env("LOGNAME", "root")
-        .env("LANG", "C.UTF-8")
-        .envs(start.env.iter().map(|var| (OsStr::from_bytes(&var.name), OsStr::from_bytes(&var.value))))
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    process
+const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The program, its arguments and its environment, as the kernel takes them.
+struct Words {
+    candidates: Vec<CString>,
+    argv: Vec<CString>,
+    envp: Vec<CString>,
 }
 
-/// A missing working directory and a missing program are the same error number; this one tells them apart.
-const NO_DIRECTORY: i32 = libc::ENOTBLK;
-
-/// What the child does before it becomes the command.
-fn enter(procs: &impl AsFd, mounts: &OwnedFd, cgroups: &OwnedFd, cwd: &CString) -> io::Result<()> {
-    rustix::io::write(procs, b"0")?;
-    rustix::process::setrlimit(rustix::process::Resource::Nofile, COMMAND_FILES)?;
-    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
-    let score = rustix::fs::open(c"/proc/self/oom_score_adj", flags, rustix::fs::Mode::empty())?;
-    rustix::io::write(&score, b"0")?;
-    use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-
-    move_into_link_name_space(cgroups.as_fd(), Some(LinkNameSpaceType::ControlGroup))?;
-    move_into_link_name_space(mounts.as_fd(), Some(LinkNameSpaceType::Mount))?;
-    rustix::process::setsid()?;
-    match rustix::process::chdir(cwd) {
-        // A guest that has removed it gets it back.
-        Err(Errno::NOENT) if cwd.as_bytes() == b"/workspace" => {
-            rustix::fs::mkdir(cwd, rustix::fs::Mode::from_raw_mode(0o755))?;
-            rustix::process::chdir(cwd)?;
+impl Words {
+    fn of(start: &ExecStart) -> io::Result<Self> {
+        let argv: Vec<CString> = if start.argv.is_empty() {
+            [b"/bin/sh", &b"-lc"[..], &start.shell].into_iter().map(CString::new).collect::<Result<_, _>>()?
+        } else {
+            start.argv.iter().map(|word| CString::new(word.to_vec())).collect::<Result<_, _>>()?
+        };
+        let mut variables: Vec<(&[u8], &[u8])> = vec![
+            (b"PATH", PATH),
+            (b"HOME", b"/root"),
+            (b"USER", b"root"),
+            (b"LOGNAME", b"root"),
+            (b"LANG", b"C.UTF-8"),
+        ];
+        for variable in &start.env {
+            variables.retain(|(name, _)| *name != &variable.name[..]);
+            variables.push((&variable.name, &variable.value));
         }
-        Err(Errno::NOENT | Errno::NOTDIR) => return Err(io::Error::from_raw_os_error(NO_DIRECTORY)),
-        entered => entered?,
+        let path = variables.iter().find(|(name, _)| *name == b"PATH").map_or(PATH, |(_, path)| *path);
+        let candidates = candidates(&argv[0], path)?;
+        let envp = variables.iter().map(|(name, value)| CString::new([name, &b"="[..], value].concat()));
+        Ok(Self { candidates, argv, envp: envp.collect::<Result<_, _>>()? })
     }
-    Ok(())
+
+    fn refused(&self, error: LaunchError, cwd: &CString) -> ExecRefused {
+        let program = self.argv[0].to_string_lossy();
+        match error {
+            LaunchError::Prepare(error) => refused(&error.into(), "the agent could not prepare the command"),
+            LaunchError::Directory(Errno::NOENT | Errno::NOTDIR) => ExecRefused {
+                reason: exec_refused::Reason::NoSuchDirectory.into(),
+                message: format!("no such directory: {}", cwd.to_string_lossy()),
+            },
+            LaunchError::Directory(error) => refused(&error.into(), &cwd.to_string_lossy()),
+            LaunchError::Execute(error) => refused(&error.into(), &program),
+        }
+    }
+}
+
+/// Where a program may be, as a shell would look for it.
+fn candidates(program: &CString, path: &[u8]) -> io::Result<Vec<CString>> {
+    let name = program.as_bytes();
+    if name.contains(&b'/') {
+        return Ok(vec![program.clone()]);
+    }
+    let in_directory = |directory: &[u8]| {
+        // An empty entry is the working directory.
+        let directory = if directory.is_empty() { b"." } else { directory };
+        Ok(CString::new([directory, b"/", name].concat())?)
+    };
+    path.split(|byte| *byte == b':').map(in_directory).collect()
+}
+
+/// The end to read from, then the end to write to.
+fn pipe_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
 }
 
 /// Moves one stream until its end, or until it is quiet after the main process has ended.

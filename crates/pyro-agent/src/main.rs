@@ -11,6 +11,7 @@ mod boot;
 mod cgroup;
 mod exec;
 mod identity;
+mod launch;
 mod port;
 mod power;
 mod reaper;

@@ -17,7 +17,9 @@ use pyro_proto::{
 };
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::boot::Guest;
@@ -94,6 +96,27 @@ async fn meet(from_host: &mut FromHost, to_host: &mut ToHost) -> io::Result<()> 
     }
 }
 
+/// Takes what comes in the first moment, so that the whole answer of a short command travels in one piece: each piece
+/// costs the guest a write to the port, and its VMM a wake-up.
+async fn gather(events: &mut mpsc::Receiver<Result<ExecEvent, Status>>) -> Vec<Result<ExecEvent, Status>> {
+    const MOMENT: Duration = Duration::from_millis(12);
+    const MOST: usize = 4;
+    let mut first = Vec::new();
+    let moment = tokio::time::sleep(MOMENT);
+    tokio::pin!(moment);
+    while first.len() < MOST {
+        tokio::select! {
+            biased;
+            event = events.recv() => match event {
+                Some(event) => first.push(event),
+                None => break,
+            },
+            () = &mut moment => break,
+        }
+    }
+    first
+}
+
 #[derive(Clone, Debug)]
 struct Service {
     guest: Arc<Guest>,
@@ -103,7 +126,7 @@ struct Service {
 
 #[tonic::async_trait]
 impl Agent for Service {
-    type ExecStream = ReceiverStream<Result<ExecEvent, Status>>;
+    type ExecStream = Pin<Box<dyn Stream<Item = Result<ExecEvent, Status>> + Send>>;
 
     async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
         if request.get_ref().generation == 0 {
@@ -137,8 +160,9 @@ impl Agent for Service {
             return Err(Status::invalid_argument("the first input must be a start"));
         };
         let command = exec::Command::check(start).map_err(Status::invalid_argument)?;
-        let events = exec::run(Arc::clone(&self.guest), self.reaper.clone(), command, inputs);
-        Ok(Response::new(ReceiverStream::new(events)))
+        let mut events = exec::run(Arc::clone(&self.guest), self.reaper.clone(), command, inputs);
+        let first = gather(&mut events).await;
+        Ok(Response::new(Box::pin(tokio_stream::iter(first).chain(ReceiverStream::new(events)))))
     }
 
     async fn signal(&self, request: Request<SignalRequest>) -> Result<Response<SignalReply>, Status> {

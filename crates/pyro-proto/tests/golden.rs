@@ -2,7 +2,9 @@
 
 use prost::Message;
 use pyro_proto::resync::{Kind, mark};
-use pyro_proto::{EnvVar, ExecEvent, ExecExited, ExecInput, ExecStart, exec_event, exec_exited, exec_input};
+use pyro_proto::{
+    EnvVar, ExecEvent, ExecExited, ExecInput, ExecStart, SignalRequest, exec_event, exec_exited, exec_input,
+};
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -39,6 +41,12 @@ fn a_start_and_an_end() {
     };
     let exited = ExecEvent { kind: Some(exec_event::Kind::Exited(exited)) };
     assert_eq!(hex(&exited.encode_to_vec()), "2205080730e807");
+}
+
+#[test]
+fn a_signal() {
+    let signal = SignalRequest { pid: 300, signal: 15 };
+    assert_eq!(hex(&signal.encode_to_vec()), "08ac02100f");
 }
 
 #[test]
