@@ -112,7 +112,9 @@ async fn tasks(engine: &Engine, config: &EngineConfig) {
     println!("output of a guest, into journal and caller    {rate:7.1} MB/s");
 
     let supervisor = supervisor(&id);
-    println!("memory of a supervisor: resident              {:7.1} MB", resident(supervisor));
+    let [resident, own, private] = memory(supervisor);
+    println!("memory of a supervisor: resident              {resident:7.1} MB");
+    println!("memory of a supervisor: its share             {own:7.1} MB   {private:.1} MB private");
     let before = processor(supervisor);
     tokio::time::sleep(REST).await;
     let used = (processor(supervisor) - before).as_secs_f64() / REST.as_secs_f64() * 100.0;
@@ -195,10 +197,13 @@ fn supervisor(id: &str) -> u32 {
     pids.into_iter().find(serves).expect("the supervisor lives")
 }
 
-fn resident(pid: u32) -> f64 {
-    let status = fs_err::read_to_string(format!("/proc/{pid}/status")).expect("it lives");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("told");
-    line.trim().trim_end_matches("kB").trim().parse::<f64>().expect("a number") / 1e3
+/// What is resident, the share of it that is the process's own where pages are shared, and what is private, in MB.
+fn memory(pid: u32) -> [f64; 3] {
+    let text = fs_err::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("it lives");
+    ["Rss:", "Pss:", "Private_Dirty:"].map(|name| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).expect("told");
+        line.trim().trim_end_matches("kB").trim().parse::<f64>().expect("a number") / 1e3
+    })
 }
 
 /// The processor time that a process has used.
