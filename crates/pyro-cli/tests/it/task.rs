@@ -314,11 +314,18 @@ fn commands_that_leave_their_input_or_output_lie_hold_no_other_up() {
     }
     pyro.until("all run", |pyro| pyro.status(&id)["command_count"] == 12);
     assert_eq!(text(&pyro.exec(&id, "echo through").stdout), "through\n");
+    // Nor a stop, nor the end of the guest, nor the end of the task.
+    assert_eq!(pyro.json(&["task", "stop", &id, "--json"])["state"], "stopped");
+    assert_eq!(pyro.json(&["task", "start", &id, "--json"])["state"], "started");
+    children.push(pyro.spawn(&["task", "exec", &id, "--timeout-seconds", "120", "--", "yes"]));
+    pyro.until("it runs", |pyro| pyro.status(&id)["command_count"] == 14);
+    kill(pyro.vmm(&id).expect("it lives"), "KILL");
+    pyro.until("the task is stopped", |pyro| pyro.status(&id)["state"] == "stopped");
+    pyro.ok(&["task", "delete", &id]);
     for child in &mut children {
-        child.kill().expect("killed");
+        drop(child.kill());
         child.wait().expect("reaped");
     }
-    pyro.ok(&["task", "delete", &id]);
 }
 
 #[test]

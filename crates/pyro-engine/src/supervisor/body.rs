@@ -135,8 +135,8 @@ impl Supervisor {
             return;
         }
         *self.body() = Body::None;
-        // Each of its commands finds the end out for itself; they are in the journal before the task says stopped.
-        self.commands.all_ended().await;
+        // They are in the journal before the task says stopped; also those whose callers do not read.
+        self.commands.end_all(Fault::GuestLost).await;
         let name = match exit.reason {
             MachineEnd::PoweredOff => "guest_powered_off",
             MachineEnd::Panicked => "guest_crashed",

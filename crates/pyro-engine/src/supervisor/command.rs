@@ -166,15 +166,16 @@ impl Supervisor {
                 None
             }
         };
-        if let (Some(caller), Some(entry)) = (caller, entry) {
-            let ended = event::Kind::Ended(serde_json::to_vec(&entry).unwrap_or_default().into());
-            drop(caller.send(Ok(Event { kind: Some(ended) })).await);
-        }
         progress.send_modify(|progress| progress.ended = true);
         self.commands.ended(sequence);
         // The entry's name becomes durable in its own time.
         let journal = self.journal.clone();
         drop(tokio::task::spawn_blocking(move || journal.sync()));
+        // Last of all, and by nobody waited for: a caller that does not read must not hold a stop or a delete up.
+        if let (Some(caller), Some(entry)) = (caller, entry) {
+            let ended = event::Kind::Ended(serde_json::to_vec(&entry).unwrap_or_default().into());
+            drop(caller.send(Ok(Event { kind: Some(ended) })).await);
+        }
     }
 
     /// A full disk does not stay full for ever: an end that could not be written down is tried again until it is, or

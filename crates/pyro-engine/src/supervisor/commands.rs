@@ -91,11 +91,6 @@ impl Commands {
         for handle in self.running().values() {
             handle.cancel.send_replace(Some(fault));
         }
-        self.all_ended().await;
-    }
-
-    /// Waits until no command runs.
-    pub(super) async fn all_ended(&self) {
         drop(self.count.subscribe().wait_for(|count| *count == 0).await);
     }
 

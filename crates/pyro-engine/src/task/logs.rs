@@ -28,7 +28,8 @@ impl Engine {
     }
 
     /// Waits for the command with this number, which may not have begun yet, passes its output on from the beginning,
-    /// and returns its entry when it has ended; none when the task has stopped and there will be no such command.
+    /// and returns its entry when it has ended; none when the task's supervisor is gone and there is no such command. A
+    /// task that is stopped may be started again, so that is waited for.
     ///
     /// # Errors
     /// When there is no such task, or the observer's reader went away.
