@@ -130,6 +130,9 @@ impl Running {
         };
         let (stdout, stdout_end) = pipe_pair().map_err(other)?;
         let (stderr, stderr_end) = pipe_pair().map_err(other)?;
+        let stdin = stdin.map(pipe::Sender::from_owned_fd).transpose().map_err(other)?;
+        let stdout = pipe::Receiver::from_owned_fd(stdout).map_err(other)?;
+        let stderr = pipe::Receiver::from_owned_fd(stderr).map_err(other)?;
         let began = Instant::now();
         let pid = launch(&Launch {
             candidates: &words.candidates,
@@ -144,9 +147,6 @@ impl Running {
         })
         .map_err(|error| words.refused(error, &command.cwd))?;
         let ended = reaper.watch(pid);
-        let stdin = stdin.map(pipe::Sender::from_owned_fd).transpose().map_err(other)?;
-        let stdout = pipe::Receiver::from_owned_fd(stdout).map_err(other)?;
-        let stderr = pipe::Receiver::from_owned_fd(stderr).map_err(other)?;
         Ok(Self { process: Process { pid, cgroup, ended, status: None }, began, stdin, stdout, stderr })
     }
 

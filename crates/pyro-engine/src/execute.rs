@@ -19,6 +19,8 @@ use crate::spec::ExecSpec;
 const GUEST_MARGIN: Duration = Duration::from_secs(10);
 /// How long a cancelled command may take to end after TERM.
 const CANCEL_GRACE: Duration = Duration::from_secs(2);
+/// How long a reader may take for the last words about a command.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long the end of a VMM is waited for whose guest has stopped answering.
 const EXIT_GRACE: Duration = Duration::from_secs(2);
 
@@ -132,18 +134,24 @@ pub(crate) async fn conduct(
     mut cancel: Cancel,
 ) -> Result<Outcome, Error> {
     let mut deadline = Instant::now() + limit.duration() + GUEST_MARGIN;
+    let life_end = Instant::now() + Duration::from_secs_f64(limit.left.clamp(0.0, 1e9)) + GUEST_MARGIN;
     let mut cancelled: Option<Fault> = None;
     loop {
+        // A guest that talks on without an end is not listened to for longer than this.
+        let now = Instant::now();
+        if now >= life_end || (cancelled.is_some() && now >= deadline) {
+            return Ok(ended(cancelled.unwrap_or(Fault::TtlExpired), 137));
+        }
         let event = tokio::select! {
-            // What has come is taken before anybody looks at a clock.
             biased;
-            event = process.next() => event,
             fault = cancel.asked(), if cancelled.is_none() => {
                 cancelled = Some(fault);
                 deadline = Instant::now() + CANCEL_GRACE;
                 process.signal(Signal::TERM);
                 continue;
             }
+            // What has come is taken before anybody looks at the clock.
+            event = process.next() => event,
             () = tokio::time::sleep_until(deadline.into()) => {
                 return Ok(cancelled.map_or_else(|| timed_out(limit), |fault| ended(fault, 137)));
             }
@@ -151,16 +159,21 @@ pub(crate) async fn conduct(
         match event {
             Ok(Event::Output(chunk)) => {
                 let before = Instant::now();
-                let taken = tokio::select! {
-                    taken = sink.take(chunk) => taken,
-                    // The reader holds up; the end of the machine's life is not held up with it.
-                    () = tokio::time::sleep(Duration::from_secs_f64(limit.left.clamp(0.0, 1e9)) + GUEST_MARGIN) => {
+                tokio::select! {
+                    biased;
+                    taken = sink.take(chunk) => taken?,
+                    // The reader holds up; a cancellation and the end of the machine's life are not held up with it.
+                    fault = cancel.asked(), if cancelled.is_none() => {
+                        return Ok(ended(fault, 137));
+                    }
+                    () = tokio::time::sleep_until(life_end.into()) => {
                         return Ok(ended(Fault::TtlExpired, 124));
                     }
-                };
-                taken?;
+                }
                 // The time that the reader took is not the guest's to answer for.
-                deadline += before.elapsed();
+                if cancelled.is_none() {
+                    deadline += before.elapsed();
+                }
             }
             Ok(Event::Exited(exited)) => {
                 return Ok(match cancelled {
@@ -300,8 +313,8 @@ impl<'a> Output<'a> {
     ) -> ExecResult {
         if let Some(words) = &outcome.words {
             let chunk = Chunk { stream: Stream::Stderr, bytes: words.as_bytes().to_vec() };
-            // The command has ended; a reader that went away misses only these words.
-            self.take(chunk).await.ok();
+            // The command has ended; a reader that went away, or does not read, misses only these words.
+            tokio::time::timeout(LAST_WORDS, self.take(chunk)).await.ok();
         }
         ExecResult {
             vm_id: subject.vm_id,

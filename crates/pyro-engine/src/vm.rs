@@ -288,11 +288,12 @@ impl Engine {
             let Some(vm) = engine.vms().get(&id).cloned() else { return };
             vm.cancel.send_replace(Some(Fault::TtlExpired));
             let live = vm.live.lock().await.take();
-            drop(Forget { engine: &engine, vm_id: &id });
+            let forget = Forget { engine: &engine, vm_id: &id };
             if let Some(live) = live {
                 // A failure here leaves a directory whose lock is free: the next sweep removes it.
                 drop(live.expire().await);
             }
+            drop(forget);
         }));
     }
 

@@ -49,6 +49,13 @@ impl Isolation {
     }
 }
 
+impl Isolation {
+    /// The tier with this name.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::QemuTcg, Self::QemuKvm, Self::FirecrackerKvm].into_iter().find(|tier| tier.as_str() == name)
+    }
+}
+
 impl fmt::Display for Isolation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())

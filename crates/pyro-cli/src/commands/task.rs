@@ -17,6 +17,9 @@ use crate::failure::Failure;
 use crate::printer::Printer;
 use crate::streams::{self, Forwarder};
 
+/// Between two looks for the number of a command that is to be cancelled.
+const BEAT: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// Resolves to an exit code at a signal.
 pub(crate) type Interrupt = watch::Receiver<Option<u8>>;
 
@@ -114,9 +117,17 @@ async fn exec(
         result = &mut running => result,
         Some(code) = told(&mut interrupt) => {
             // A terminal that goes away leaves the command running; a person who presses Ctrl-C does not.
-            if code != super::HANGUP && let Some(number) = number() {
-                drop(engine.cancel_task(&args.task_id, number).await);
-                drop(running.await);
+            if code != super::HANGUP {
+                // It may have been sent and not have got its number yet: then it is waited for.
+                let begun = async { while number().is_none() { tokio::time::sleep(BEAT).await } };
+                tokio::select! {
+                    _ = &mut running => return Ok(ExitCode::from(code)),
+                    () = begun => {}
+                }
+                if let Some(number) = number() {
+                    drop(engine.cancel_task(&args.task_id, number).await);
+                    drop(running.await);
+                }
             }
             return Ok(ExitCode::from(code));
         }

@@ -3,6 +3,7 @@
 use fs_err as fs;
 use std::io::{Read, Write};
 use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use crate::support::{Pyro, kill, parse, peak_kib, start, text};
 
@@ -326,6 +327,68 @@ fn commands_that_leave_their_input_or_output_lie_hold_no_other_up() {
         drop(child.kill());
         child.wait().expect("reaped");
     }
+}
+
+#[test]
+fn a_caller_that_does_not_read_the_end_of_its_command_holds_no_stop_up() {
+    let pyro = Pyro::new();
+    let id = pyro.create();
+    // Somewhere here the last piece takes the last place between supervisor and caller.
+    let children: Vec<_> = (0..20)
+        .map(|step| {
+            let size = (1_500_000 + step * 30_000).to_string();
+            pyro.spawn(&[
+                "task",
+                "exec",
+                &id,
+                "--timeout-seconds",
+                "100",
+                "--",
+                "head",
+                "-c",
+                &size,
+                "/dev/zero",
+            ])
+        })
+        .collect();
+    pyro.until("all have begun", |pyro| pyro.status(&id)["command_count"] == 20);
+    let began = Instant::now();
+    assert_eq!(pyro.json(&["task", "stop", &id, "--json"])["state"], "stopped");
+    assert!(began.elapsed() < Duration::from_secs(40), "{:?}", began.elapsed());
+    pyro.ok(&["task", "delete", &id]);
+    for mut child in children {
+        drop(child.kill());
+        child.wait().expect("reaped");
+    }
+}
+
+#[test]
+fn a_command_that_comes_while_its_task_is_deleted_does_not_hold_the_delete_up() {
+    let pyro = Pyro::new();
+    let id = pyro.create();
+    let stubborn = pyro.spawn(&[
+        "task",
+        "exec",
+        &id,
+        "--json",
+        "--",
+        "sh",
+        "-c",
+        "trap '' TERM; echo begun; while :; do sleep 1; done",
+    ]);
+    pyro.until("it runs", |pyro| pyro.logs(&id).first().is_some_and(|entry| entry["stdout"] == "begun\n"));
+    let began = Instant::now();
+    let deleting = pyro.spawn(&["task", "delete", &id]);
+    std::thread::sleep(Duration::from_millis(500));
+    let late = pyro.spawn(&["task", "exec", &id, "--json", "--", "sleep", "25"]);
+    assert!(deleting.wait_with_output().expect("it ends").status.success());
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    let result = parse(&stubborn.wait_with_output().expect("it ends"));
+    assert_eq!((&result["fault"], &result["stdout"]), (&"cancelled".into(), &"begun\n".into()), "{result}");
+    let output = late.wait_with_output().expect("it ends");
+    assert_ne!(output.status.code(), Some(0), "{output:?}");
+    pyro.until("the supervisor is gone", |pyro| pyro.processes().is_empty());
+    pyro.assert_empty();
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, TransactionBehavior};
 
 use crate::error::{Error, ErrorKind};
@@ -57,6 +58,13 @@ pub(super) fn open(state_dir: &Path) -> Result<(Connection, bool), Error> {
     })
 }
 
+/// Which file the database is now; none where there is none.
+pub(super) fn identity(state_dir: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+
+    std::fs::metadata(state_dir.join(FILE)).ok().map(|found| (found.dev(), found.ino()))
+}
+
 /// Why the database could not be opened.
 enum Failed {
     /// The file is something else, or damaged beyond use.
@@ -79,6 +87,8 @@ fn open_once(state_dir: &Path) -> Result<(Connection, bool), Failed> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     // A machine does not survive the host, so its row need not either; a task's row can be made again.
     connection.pragma_update(None, "synchronous", "NORMAL")?;
+    // Closing it would remove the log by its name, which may be that of a newer database by then.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     let fresh = migrate(&mut connection)?;
     Ok((connection, fresh))
 }

@@ -21,6 +21,7 @@ mod tasks;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
+use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -45,7 +46,14 @@ const LIVE: &str = "SELECT (SELECT count(*) FROM vms WHERE state <> 'stopped')
 #[derive(Debug)]
 pub(crate) struct Registry {
     state_dir: PathBuf,
-    connection: Mutex<Connection>,
+    database: Mutex<Database>,
+}
+
+/// An open database, and which file it is.
+#[derive(Debug)]
+struct Database {
+    connection: Connection,
+    file: Option<(u64, u64)>,
 }
 
 /// The ownership of one machine: its directory and the lock on it.
@@ -77,12 +85,7 @@ impl Registry {
             let text = format!("the state directory '{}' belongs to another user", state_dir.display());
             return Err(Error::new(ErrorKind::Host, text).hint("set PYRO_STATE_DIR to one of your own"));
         }
-        let (connection, fresh) = database::open(&state_dir)?;
-        let registry = Self { state_dir, connection: Mutex::new(connection) };
-        if fresh {
-            registry.find_again()?;
-        }
-        Ok(registry)
+        Ok(Self { database: Mutex::new(Database::open(&state_dir)?), state_dir })
     }
 
     /// The directory that everything is in.
@@ -230,28 +233,8 @@ impl Registry {
         }
     }
 
-    /// Directories with an id for a name; what else lies there is none of ours to touch, and is told.
     fn entries(&self, kind: &str, problems: &mut Vec<String>) -> Vec<(String, PathBuf)> {
-        let parent = self.state_dir.join(kind);
-        let mut found = Vec::new();
-        let entries = match fs_err::read_dir(&parent) {
-            Ok(entries) => entries,
-            Err(error) => {
-                problems.push(error.to_string());
-                return found;
-            }
-        };
-        for entry in entries.flatten() {
-            let path = entry.path();
-            match entry.file_name().to_str().filter(|name| is_id(name)) {
-                Some(id) if entry.file_type().is_ok_and(|kind| kind.is_dir()) => {
-                    found.push((id.to_owned(), path));
-                }
-                _ => problems.push(format!("'{}' is not pyro's: remove it", path.display())),
-            }
-        }
-        found.sort();
-        found
+        entries_of(&self.state_dir, kind, problems)
     }
 
     /// Makes a directory with a new id and takes its lock.
@@ -334,18 +317,6 @@ impl Registry {
         }
     }
 
-    /// After the database was lost: who is there all the same counts again.
-    fn find_again(&self) -> Result<(), Error> {
-        let mut problems = Vec::new();
-        for (id, path) in self.entries("vms", &mut problems) {
-            if matches!(lock::attempt(&path), Ok(Attempt::Held)) {
-                let sql = "INSERT OR IGNORE INTO vms VALUES (?1, 'started', '', ?2)";
-                self.connection().execute(sql, params![id, f64::MAX])?;
-            }
-        }
-        self.find_tasks_again()
-    }
-
     fn ids(&self, table: &str) -> Result<Vec<String>, Error> {
         let connection = self.connection();
         let mut rows = connection.prepare(&format!("SELECT id FROM {table}"))?;
@@ -357,9 +328,74 @@ impl Registry {
         self.state_dir.join(kind).join(id)
     }
 
-    fn connection(&self) -> MutexGuard<'_, Connection> {
-        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The database. One that was removed or replaced since it was opened is opened anew: what was written to it
+    /// otherwise, nobody would ever read.
+    fn connection(&self) -> impl DerefMut<Target = Connection> + '_ {
+        let mut database = self.database.lock().unwrap_or_else(PoisonError::into_inner);
+        if database.file != database::identity(&self.state_dir)
+            && let Ok(again) = Database::open(&self.state_dir)
+        {
+            *database = again;
+        }
+        Opened(database)
     }
+}
+
+impl Database {
+    fn open(state_dir: &Path) -> Result<Self, Error> {
+        let (connection, fresh) = database::open(state_dir)?;
+        if fresh {
+            // It was lost, perhaps: who is there all the same counts again.
+            for (id, path) in entries_of(state_dir, "vms", &mut Vec::new()) {
+                if matches!(lock::attempt(&path), Ok(Attempt::Held)) {
+                    let row = "INSERT OR IGNORE INTO vms VALUES (?1, 'started', '', ?2)";
+                    connection.execute(row, params![id, f64::MAX])?;
+                }
+            }
+            tasks::find_tasks_again(&connection, &entries_of(state_dir, "tasks", &mut Vec::new()))?;
+        }
+        Ok(Self { connection, file: database::identity(state_dir) })
+    }
+}
+
+/// A lock on the database that looks like its connection.
+struct Opened<'a>(MutexGuard<'a, Database>);
+
+impl Deref for Opened<'_> {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.0.connection
+    }
+}
+
+impl DerefMut for Opened<'_> {
+    fn deref_mut(&mut self) -> &mut Connection {
+        &mut self.0.connection
+    }
+}
+
+/// Directories with an id for a name; what else lies there is none of ours to touch, and is told.
+fn entries_of(state_dir: &Path, kind: &str, problems: &mut Vec<String>) -> Vec<(String, PathBuf)> {
+    let mut found = Vec::new();
+    let entries = match fs_err::read_dir(state_dir.join(kind)) {
+        Ok(entries) => entries,
+        Err(error) => {
+            problems.push(error.to_string());
+            return found;
+        }
+    };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        match entry.file_name().to_str().filter(|name| is_id(name)) {
+            Some(id) if entry.file_type().is_ok_and(|kind| kind.is_dir()) => {
+                found.push((id.to_owned(), path));
+            }
+            _ => problems.push(format!("'{}' is not pyro's: remove it", path.display())),
+        }
+    }
+    found.sort();
+    found
 }
 
 /// A directory that holds other things is not made private and filled.

@@ -6,8 +6,9 @@
 
 use std::fs::File;
 use std::io;
+use std::path::PathBuf;
 
-use rusqlite::params;
+use rusqlite::{Connection, params};
 
 use super::{Lease, Registry, Swept};
 use crate::error::{Error, ErrorKind};
@@ -131,7 +132,8 @@ impl Registry {
             return Err(self.missing("task", id));
         }
         directory.journal().interrupt_all(file.has_rebooted()).map_err(failed)?;
-        if file.note_lost_supervisor() {
+        let (is_lost, has_rebooted) = (file.note_lost_supervisor(), file.note_reboot());
+        if is_lost || has_rebooted {
             file.write(directory).map_err(failed)?;
         }
         self.set_task_state(id, file.state.as_str())?;
@@ -149,7 +151,7 @@ impl Registry {
     /// Moves a task out of its place. The record goes first: a directory without one is of a task that never was
     /// or is no more. The row goes last, and where the disk is too full for that, with the next sweep: a task must be
     /// removable to make room.
-    fn take_out(&self, id: &str) -> Result<std::path::PathBuf, Error> {
+    fn take_out(&self, id: &str) -> Result<PathBuf, Error> {
         let directory = self.task_path(id);
         directory.remove_record().map_err(|error| Error::state(directory.path(), &error))?;
         let trash = self.set_aside(directory.path())?;
@@ -162,6 +164,11 @@ impl Registry {
         // Where it cannot be remembered, whoever asks is told that there is no such task.
         drop(self.bury(id));
         self.remove_task(id, lock)
+    }
+
+    /// An expiry that was told to nobody yet.
+    pub(crate) fn remember_expired(&self, id: &str) {
+        drop(self.bury(id));
     }
 
     fn forget_task(&self, id: &str) -> Result<(), Error> {
@@ -178,7 +185,9 @@ impl Registry {
         }
         for (id, path) in entries {
             match self.lock_under_repair(&id, &TaskDirectory::new(path)) {
-                Ok(_) => {}
+                Ok(TaskLock::Free(..)) => {}
+                // Where the database was lost, its supervisor still counts.
+                Ok(TaskLock::Held) => drop(self.count_again(&id)),
                 Err(error) if error.kind() == ErrorKind::Expired => {
                     // Told to nobody yet: whoever asks for it is to hear of it.
                     drop(self.bury(&id));
@@ -199,15 +208,24 @@ impl Registry {
         }
     }
 
-    /// After the database was lost: tasks with a supervisor count again; the others are found by the next sweep.
-    pub(super) fn find_tasks_again(&self) -> Result<(), Error> {
-        for (id, path) in self.entries("tasks", &mut Vec::new()) {
-            let state = match TaskFile::read(&TaskDirectory::new(path)) {
-                Ok(Some(file)) => file.state.as_str(),
-                _ => "creating",
-            };
-            self.connection().execute("INSERT OR IGNORE INTO tasks VALUES (?1, ?2)", params![id, state])?;
+    /// Makes the row of a task with a supervisor, where there is none.
+    fn count_again(&self, id: &str) -> Result<(), Error> {
+        if let Ok(Some(file)) = TaskFile::read(&self.task_path(id)) {
+            let row = "INSERT OR IGNORE INTO tasks VALUES (?1, ?2)";
+            self.connection().execute(row, params![id, file.state.as_str()])?;
         }
         Ok(())
     }
+}
+
+/// After the database was lost: tasks with a supervisor, or about to get one, count again.
+pub(super) fn find_tasks_again(connection: &Connection, tasks: &[(String, PathBuf)]) -> rusqlite::Result<()> {
+    for (id, path) in tasks {
+        let state = match TaskFile::read(&TaskDirectory::new(path.clone())) {
+            Ok(Some(file)) => file.state.as_str(),
+            _ => "creating",
+        };
+        connection.execute("INSERT OR IGNORE INTO tasks VALUES (?1, ?2)", params![id, state])?;
+    }
+    Ok(())
 }

@@ -2,14 +2,16 @@
 //! and its end when nobody asked for it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use pyro_vmm::{DiskCache, MachineEnd, MachineExit};
+use pyro_vmm::{DiskCache, Isolation, MachineEnd, MachineExit, Vmm};
 
 use super::Supervisor;
 use crate::error::{Error, ErrorKind};
 use crate::guest::Identity;
 use crate::live::{Boot, Running};
 use crate::record::{Fault, VmState};
+use crate::task::TaskFile;
 
 /// What runs the commands now.
 #[derive(Clone)]
@@ -54,6 +56,8 @@ impl Supervisor {
             }));
         }
         *self.body() = body;
+        self.commands.reopen();
+        self.runs.send_replace(true);
         Ok(())
     }
 
@@ -71,7 +75,19 @@ impl Supervisor {
             disk: DiskCache::Writeback,
             identity: Identity { hostname: format!("pyro-{}", self.id), machine_id: file.machine_id.clone() },
         };
-        let (running, _times) = Running::boot(&self.engine.vmm()?, &boot).await?;
+        let vmm = self.engine.vmm()?;
+        let isolation = vmm.capabilities().isolation;
+        if let Some(required) = file.require_isolation.as_deref()
+            && Isolation::named(required).is_none_or(|required| isolation < required)
+        {
+            let text = format!("isolation '{required}' was required; this host gives '{isolation}'");
+            return Err(
+                Error::new(ErrorKind::IsolationUnavailable, text).hint("run `pyro doctor` to see why")
+            );
+        }
+        let (running, _times) = Running::boot(&vmm, &boot).await?;
+        self.file().metadata.remove("host_compat_reason");
+        isolation.as_str().clone_into(&mut self.file().isolation);
         Ok(running)
     }
 
@@ -88,6 +104,9 @@ impl Supervisor {
     pub(super) async fn start(self: &Arc<Self>, cap: u32) -> Result<(), Error> {
         let _gate = self.gate.lock().await;
         let state = self.state();
+        if self.lock.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_none() {
+            return Err(Error::new(ErrorKind::NotFound, format!("task '{}' does not exist", self.id)));
+        }
         if !state.can_start() {
             let text = format!("task {} cannot be started from state '{}'", self.id, state.as_str());
             return Err(Error::new(ErrorKind::WrongState, text));
@@ -108,33 +127,57 @@ impl Supervisor {
         if self.state() == VmState::Stopped {
             return Ok(());
         }
-        let body = std::mem::replace(&mut *self.body(), Body::None);
+        let body = self.take_body();
         self.commands.end_all(Fault::Cancelled).await;
         if let Body::Guest(running) = body {
             running.power_off().await;
         }
-        self.write(|file| {
-            file.state = VmState::Stopped;
-            file.last_error = why.map(str::to_owned);
-        })
+        self.note_stopped(why.map(str::to_owned))
     }
 
-    /// Ends the guest at once.
-    pub(super) async fn end_body(&self) {
-        let body = std::mem::replace(&mut *self.body(), Body::None);
-        if let Body::Guest(running) = body {
-            running.machine.kill().await;
+    /// Leaves the task without anything that could run a command.
+    pub(super) fn take_body(&self) -> Body {
+        self.runs.send_replace(false);
+        std::mem::replace(&mut *self.body(), Body::None)
+    }
+
+    /// Writes down that the task is stopped, now or once the disk has room for it.
+    fn note_stopped(self: &Arc<Self>, why: Option<String>) -> Result<(), Error> {
+        const AGAIN: Duration = Duration::from_secs(2);
+        let stopped = |file: &mut TaskFile, why: &Option<String>| {
+            file.state = VmState::Stopped;
+            file.last_error.clone_from(why);
+        };
+        let written = self.write(|file| stopped(file, &why));
+        if let Err(error) = &written {
+            super::serve::complain(&format!("that the task is stopped could not be recorded: {error}"));
+            let supervisor = Arc::clone(self);
+            drop(tokio::spawn(async move {
+                let mut gone = supervisor.gone.subscribe();
+                loop {
+                    tokio::select! {
+                        _ = gone.wait_for(|gone| *gone) => return,
+                        () = tokio::time::sleep(AGAIN) => {}
+                    }
+                    let _gate = supervisor.gate.lock().await;
+                    let is_stopped = matches!(&*supervisor.body(), Body::None);
+                    if !is_stopped || supervisor.write(|file| stopped(file, &why)).is_ok() {
+                        return;
+                    }
+                }
+            }));
         }
+        written
     }
 
     /// Nobody asked for the end of this guest.
-    async fn guest_has_ended(&self, ended: &Arc<Running>, exit: &MachineExit) {
+    async fn guest_has_ended(self: &Arc<Self>, ended: &Arc<Running>, exit: &MachineExit) {
         let _gate = self.gate.lock().await;
         let was_ours = matches!(&*self.body(), Body::Guest(running) if Arc::ptr_eq(running, ended));
         if !was_ours {
             return;
         }
-        *self.body() = Body::None;
+        drop(self.take_body());
         // They are in the journal before the task says stopped; also those whose callers do not read.
         self.commands.end_all(Fault::GuestLost).await;
         let name = match exit.reason {
@@ -142,13 +185,15 @@ impl Supervisor {
             MachineEnd::Panicked => "guest_crashed",
             MachineEnd::Crashed | MachineEnd::Killed => "vmm_lost",
         };
-        let why = format!("{name}: {}", exit.status);
-        let written = self.write(|file| {
-            file.state = VmState::Stopped;
-            file.last_error = Some(why);
-        });
-        if let Err(error) = written {
-            super::serve::complain(&format!("the end of the guest could not be recorded: {error}"));
+        drop(self.note_stopped(Some(format!("{name}: {}", exit.status))));
+    }
+}
+
+impl Body {
+    /// Ends the guest at once, if there is one.
+    pub(super) async fn end(self) {
+        if let Self::Guest(running) = self {
+            running.machine.kill().await;
         }
     }
 }

@@ -1,11 +1,14 @@
 //! One command of a task: its entry, its output into the journal and to whoever looks on, its end.
 
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, watch};
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
 
 use super::Supervisor;
 use super::body::Body;
@@ -24,7 +27,7 @@ use crate::task::supervisor_proto::{Event, event};
 const QUEUE: usize = 4;
 
 /// What a caller is sent.
-pub(super) type Events = mpsc::Receiver<Result<Event, tonic::Status>>;
+pub(super) type Events = Pin<Box<dyn tokio_stream::Stream<Item = Result<Event, tonic::Status>> + Send>>;
 type Caller = mpsc::Sender<Result<Event, tonic::Status>>;
 
 impl Supervisor {
@@ -56,15 +59,18 @@ impl Supervisor {
         let (sender, events) = mpsc::channel(QUEUE);
         let sequence = writer.entry.sequence;
         drop(sender.send(Ok(Event { kind: Some(event::Kind::Started(sequence)) })).await);
+        // The last event has a place of its own, so that telling it waits for nobody.
+        let (last, told_last) = mpsc::channel(1);
         let sink = Journaled {
             writer,
             caller: attached.then_some(sender),
+            last: attached.then_some(last),
             progress,
             cancel: Cancel::new(cancel.subscribe()),
         };
         let cancel = Cancel::new(cancel.subscribe());
         drop(tokio::spawn(Arc::clone(self).carry_out(exec, body, sink, cancel)));
-        Ok(events)
+        Ok(Box::pin(ReceiverStream::new(events).chain(ReceiverStream::new(told_last))))
     }
 
     async fn begin_entry(self: &Arc<Self>, sequence: u64, new: NewEntry) -> Result<Writer, Error> {
@@ -141,7 +147,9 @@ impl Supervisor {
 
     /// Writes the end of a command down, then tells it.
     async fn finish(self: Arc<Self>, sink: Journaled) {
-        let Journaled { mut writer, caller, progress, .. } = sink;
+        let Journaled { mut writer, caller, last, progress, .. } = sink;
+        // What is in its queue comes before the last event.
+        drop(caller);
         let sequence = writer.entry.sequence;
         let written = self
             .engine
@@ -166,16 +174,15 @@ impl Supervisor {
                 None
             }
         };
+        if let (Some(last), Some(entry)) = (last, entry) {
+            // A caller that is gone does not hear it.
+            last.try_send(Ok(Event { kind: Some(ended_event(&entry)) })).ok();
+        }
         progress.send_modify(|progress| progress.ended = true);
         self.commands.ended(sequence);
         // The entry's name becomes durable in its own time.
         let journal = self.journal.clone();
         drop(tokio::task::spawn_blocking(move || journal.sync()));
-        // Last of all, and by nobody waited for: a caller that does not read must not hold a stop or a delete up.
-        if let (Some(caller), Some(entry)) = (caller, entry) {
-            let ended = event::Kind::Ended(serde_json::to_vec(&entry).unwrap_or_default().into());
-            drop(caller.send(Ok(Event { kind: Some(ended) })).await);
-        }
     }
 
     /// A full disk does not stay full for ever: an end that could not be written down is tried again until it is, or
@@ -222,11 +229,17 @@ impl Supervisor {
                 drop(sender.send(Err(crate::task::to_status(&error))).await);
             }
         }));
-        events
+        Box::pin(ReceiverStream::new(events))
     }
 
     async fn pass_on(&self, sequence: u64, mut offsets: [u64; 2], caller: &Caller) -> io::Result<()> {
-        self.commands.begun(sequence).await;
+        let mut runs = self.runs.subscribe();
+        tokio::select! {
+            biased;
+            () = self.commands.begun(sequence) => {}
+            // A task that is stopped has no next command.
+            _ = runs.wait_for(|runs| !*runs) => return Ok(()),
+        }
         drop(caller.send(Ok(Event { kind: Some(event::Kind::Started(sequence)) })).await);
         let mut progress = self.commands.get(sequence).map(|handle| handle.progress);
         loop {
@@ -282,6 +295,8 @@ struct Journaled {
     writer: Writer,
     /// None: nobody waits for this command, or not any more.
     caller: Option<Caller>,
+    /// Where its end is told.
+    last: Option<Caller>,
     progress: watch::Sender<Progress>,
     cancel: Cancel,
 }

@@ -27,10 +27,17 @@ pub(super) struct Handle {
     pub(super) cancel: watch::Sender<Option<Fault>>,
 }
 
+#[derive(Debug, Default)]
+struct Running {
+    handles: BTreeMap<u64, Handle>,
+    /// All are being ended, and whatever begins now is ended with them.
+    ending: Option<Fault>,
+}
+
 /// All commands that run.
 #[derive(Debug)]
 pub(super) struct Commands {
-    running: Mutex<BTreeMap<u64, Handle>>,
+    running: Mutex<Running>,
     /// How many there are, for whoever waits for none.
     count: watch::Sender<usize>,
     /// The number that was given last; held while one is given.
@@ -55,23 +62,29 @@ impl Commands {
         handle: Handle,
         begin: impl AsyncFnOnce(u64) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        if self.running().len() >= MOST {
+        let mut last = self.last.lock().await;
+        if self.running().handles.len() >= MOST {
             let text = format!("{MOST} commands run in this task at the same time already");
             return Err(
                 Error::new(ErrorKind::HostResources, text).hint("wait for some to end, or use another task")
             );
         }
-        let mut last = self.last.lock().await;
         let begun = begin(*last + 1).await?;
         *last += 1;
-        self.running().insert(*last, handle);
+        {
+            let mut running = self.running();
+            if running.ending.is_some() {
+                handle.cancel.send_replace(running.ending);
+            }
+            running.handles.insert(*last, handle);
+        }
         self.count.send_modify(|count| *count += 1);
         self.begun.send_replace(*last);
         Ok(begun)
     }
 
     pub(super) fn get(&self, sequence: u64) -> Option<Handle> {
-        self.running().get(&sequence).cloned()
+        self.running().handles.get(&sequence).cloned()
     }
 
     /// Waits until a number has been given.
@@ -81,20 +94,29 @@ impl Commands {
     }
 
     pub(super) fn ended(&self, sequence: u64) {
-        if self.running().remove(&sequence).is_some() {
+        if self.running().handles.remove(&sequence).is_some() {
             self.count.send_modify(|count| *count -= 1);
         }
     }
 
     /// Asks all commands to end, and waits until they have: each gives up by itself in bounded time.
     pub(super) async fn end_all(&self, fault: Fault) {
-        for handle in self.running().values() {
-            handle.cancel.send_replace(Some(fault));
+        {
+            let mut running = self.running();
+            running.ending = Some(fault);
+            for handle in running.handles.values() {
+                handle.cancel.send_replace(Some(fault));
+            }
         }
         drop(self.count.subscribe().wait_for(|count| *count == 0).await);
     }
 
-    fn running(&self) -> MutexGuard<'_, BTreeMap<u64, Handle>> {
+    /// Commands may run again.
+    pub(super) fn reopen(&self) {
+        self.running().ending = None;
+    }
+
+    fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -54,6 +54,8 @@ pub(crate) struct Supervisor {
     /// Held over each change of `body`.
     gate: tokio::sync::Mutex<()>,
     lock: Mutex<Option<File>>,
+    /// Whether commands can be run now.
+    runs: watch::Sender<bool>,
     /// True once the task is gone.
     gone: watch::Sender<bool>,
 }
@@ -141,6 +143,7 @@ impl Supervisor {
             commands: Commands::after(last),
             gate: tokio::sync::Mutex::new(()),
             lock: Mutex::new(Some(lock)),
+            runs: watch::Sender::new(false),
             gone: watch::Sender::new(false),
         })
     }
@@ -178,7 +181,7 @@ impl Supervisor {
         match kind {
             Kind::Create => drop(self.remove(Fault::Cancelled, false).await),
             Kind::Start => {
-                self.end_body().await;
+                self.take_body().end().await;
                 drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner).take());
             }
         }
@@ -187,8 +190,10 @@ impl Supervisor {
     /// Ends all commands and removes every trace of the task.
     async fn remove(self: &Arc<Self>, fault: Fault, expired: bool) -> Result<(), Error> {
         let _gate = self.gate.lock().await;
+        // Nothing begins any more; what runs has its guest until it has ended.
+        let body = self.take_body();
         self.commands.end_all(fault).await;
-        self.end_body().await;
+        body.end().await;
         let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
         // None: somebody else has removed it meanwhile, which is what was asked for.
         if let Some(lock) = lock {

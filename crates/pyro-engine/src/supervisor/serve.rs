@@ -3,7 +3,6 @@
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixListener;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,23 +12,24 @@ use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, 
 use tokio::io::unix::AsyncFd;
 use tokio::net::{UnixListener as TokioListener, UnixStream};
 use tokio::task::JoinSet;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tokio_util::io::StreamReader;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::Supervisor;
+use super::command::Events;
 use crate::record::Fault;
 use crate::spec::{Command, ExecSpec};
 use crate::task::supervisor_proto::supervisor_server::{Supervisor as Service, SupervisorServer};
 use crate::task::supervisor_proto::{
-    CancelRequest, DeleteRequest, Done, Event, ExecInput, FollowRequest, StartRequest, StopRequest,
-    exec_input,
+    CancelRequest, DeleteRequest, Done, ExecInput, FollowRequest, StartRequest, StopRequest, exec_input,
 };
 use crate::task::to_status;
 
 /// How long callers may take to read their last answer.
 const LAST_ANSWER: Duration = Duration::from_secs(2);
+/// How long descriptors are given to become free.
+const NO_DESCRIPTORS: Duration = Duration::from_millis(50);
 const WINDOW: u32 = 1 << 20;
 
 /// Answers callers until the task is gone.
@@ -45,8 +45,11 @@ pub(super) async fn until_gone(supervisor: Arc<Supervisor>, listener: UnixListen
             _ = gone.wait_for(|gone| *gone) => break,
             accepted = listener.accept() => {
                 // A caller that went away again, or no descriptor left for it: the next may fare better.
-                if let Ok((stream, _)) = accepted {
-                    connections.spawn(answer(Arc::clone(&supervisor), stream));
+                match accepted {
+                    Ok((stream, _)) => {
+                        connections.spawn(answer(Arc::clone(&supervisor), stream));
+                    }
+                    Err(_) => tokio::time::sleep(NO_DESCRIPTORS).await,
                 }
             }
             // Connections that have ended are let go of.
@@ -122,14 +125,12 @@ pub(super) fn complain(line: &str) {
 /// The calls of the protocol.
 struct Calls(Arc<Supervisor>);
 
-type EventStream = Pin<Box<dyn Stream<Item = Result<Event, Status>> + Send>>;
-
 #[tonic::async_trait]
 impl Service for Calls {
-    type ExecStream = EventStream;
-    type FollowStream = EventStream;
+    type ExecStream = Events;
+    type FollowStream = Events;
 
-    async fn exec(&self, request: Request<Streaming<ExecInput>>) -> Result<Response<EventStream>, Status> {
+    async fn exec(&self, request: Request<Streaming<ExecInput>>) -> Result<Response<Events>, Status> {
         let mut inputs = request.into_inner();
         let Some(ExecInput { kind: Some(exec_input::Kind::Start(start)) }) = inputs.message().await? else {
             return Err(Status::invalid_argument("the first input must be a start"));
@@ -146,12 +147,12 @@ impl Service for Calls {
             exec.stdin = Some(Box::new(StreamReader::new(stdin(inputs))));
         }
         let begun = self.0.exec(exec, start.request_id, start.attached).await;
-        begun.map(stream).map_err(|error| to_status(&error))
+        begun.map(Response::new).map_err(|error| to_status(&error))
     }
 
-    async fn follow(&self, request: Request<FollowRequest>) -> Result<Response<EventStream>, Status> {
+    async fn follow(&self, request: Request<FollowRequest>) -> Result<Response<Events>, Status> {
         let FollowRequest { sequence, stdout_offset, stderr_offset } = request.into_inner();
-        Ok(stream(self.0.follow(sequence, [stdout_offset, stderr_offset])))
+        Ok(Response::new(self.0.follow(sequence, [stdout_offset, stderr_offset])))
     }
 
     async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<Done>, Status> {
@@ -192,8 +193,4 @@ fn stdin(inputs: Streaming<ExecInput>) -> impl Stream<Item = io::Result<bytes::B
         Some(exec_input::Kind::Stdin(bytes)) => Some(Ok(bytes)),
         Some(exec_input::Kind::Start(_) | exec_input::Kind::StdinEnd(_)) | None => None,
     }))
-}
-
-fn stream(events: super::command::Events) -> Response<EventStream> {
-    Response::new(Box::pin(ReceiverStream::new(events)))
 }

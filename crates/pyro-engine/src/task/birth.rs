@@ -141,6 +141,7 @@ impl Engine {
             execution_mode: "pending".to_owned(),
             isolation: isolation.to_owned(),
             start_mode: "cold".to_owned(),
+            require_isolation: spec.require_isolation.map(|tier| tier.as_str().to_owned()),
             metadata: std::collections::BTreeMap::new(),
             last_error: None,
         };

@@ -1,6 +1,8 @@
 //! Commands in a task, seen from the caller: sent once, streamed, and found again in the journal when the connection
 //! to the supervisor broke.
 
+use std::time::Duration;
+
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -11,7 +13,7 @@ use super::client::supervisor_proto::{
 };
 use super::client::{Client, from_status, is_answer};
 use super::record::Detached;
-use super::{EntryStatus, Found, JournalEntry, TaskFile, is_started, not_started};
+use super::{EntryStatus, Found, JournalEntry, TaskFile, not_started};
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind};
 use crate::execute::{Outcome, Output, Sink, Subject, ended};
@@ -24,6 +26,8 @@ use crate::spec::{Command, ExecSpec};
 
 /// Pieces of stdin that may wait for the supervisor.
 const QUEUE: usize = 4;
+/// Between two looks at a command whose end the supervisor could not write down.
+const UNWRITTEN: Duration = Duration::from_millis(500);
 
 impl Engine {
     /// Runs one command in a task. A command that fails is a result. Dropping the future does not end the command:
@@ -37,16 +41,21 @@ impl Engine {
         exec: ExecSpec,
         observer: Observer,
     ) -> Result<ExecResult, Error> {
+        let file = self.file_of(task_id).await?;
         let (mut events, request_id) = self.send(task_id, exec, true).await?;
         let mut output = Output::new(&observer);
         if let Some(entry) = take(&mut events, &observer, &mut output).await? {
-            return self.result(task_id, entry, output).await;
+            if output.totals() != [entry.stdout_bytes, entry.stderr_bytes] {
+                // It was ended over a slow reader. The journal has the rest, unless it went with the task.
+                drop(self.replay(task_id, entry.sequence, &mut output).await);
+            }
+            return Ok(result(task_id, file, entry, output).await);
         }
         // The connection broke, or this caller took its output too slowly when the command was ended: the journal has
         // the rest.
         let entry = self.find_request(task_id, &request_id).await?.ok_or_else(|| unknown(task_id))?;
         let ended = self.see_through(task_id, entry.sequence, &observer, &mut output).await?;
-        self.result(task_id, ended.ok_or_else(|| unknown(task_id))?, output).await
+        Ok(result(task_id, file, ended.ok_or_else(|| unknown(task_id))?, output).await)
     }
 
     /// Starts one command in a task and does not wait for it.
@@ -78,9 +87,10 @@ impl Engine {
         sequence: u64,
         observer: Observer,
     ) -> Result<ExecResult, Error> {
+        let file = self.file_of(task_id).await?;
         let mut output = Output::new(&observer);
         let ended = self.see_through(task_id, sequence, &observer, &mut output).await?;
-        self.result(task_id, ended.ok_or_else(|| no_command(task_id, sequence))?, output).await
+        Ok(result(task_id, file, ended.ok_or_else(|| no_command(task_id, sequence))?, output).await)
     }
 
     /// Passes on what is still missing of a command's output, as it comes, until the command has ended, whatever
@@ -104,6 +114,8 @@ impl Engine {
                 if let Some(entry) = take(&mut events, observer, output).await? {
                     return Ok(Some(entry));
                 }
+                // Its end could not be written down yet: there is no event for a disk that has room again.
+                tokio::time::sleep(UNWRITTEN).await;
             }
         }
     }
@@ -224,42 +236,48 @@ impl Engine {
         Ok(())
     }
 
-    /// The result of a command that has ended.
-    async fn result(
-        &self,
-        task_id: &str,
-        entry: JournalEntry,
-        output: Output<'_>,
-    ) -> Result<ExecResult, Error> {
+    /// The record of a task before its command: it may be gone after it.
+    async fn file_of(&self, task_id: &str) -> Result<Option<TaskFile>, Error> {
         let (engine, id) = (self.clone(), task_id.to_owned());
-        let file = self
-            // A task that was deleted over its command, or whose time was up, still gives the command's end; of its
-            // own end another caller is told.
-            .blocking(move || Ok(TaskFile::read(&engine.inner.registry.task_path(&id))?))
-            .await?;
-        let of = |field: fn(&TaskFile) -> &String| {
-            file.as_ref().map_or_else(String::new, |file| field(file).clone())
-        };
-        let subject = Subject {
-            vm_id: None,
-            task_id: Some(task_id.to_owned()),
-            environment: of(|file| &file.environment),
-            environment_version: of(|file| &file.environment_version),
-            execution_mode: entry.execution_mode.clone(),
-            isolation: of(|file| &file.isolation),
-            start_mode: of(|file| &file.start_mode),
-        };
-        let exit_code = entry.exit_code.unwrap_or_else(|| ended(Fault::GuestLost, 137).exit_code);
-        // Whatever there is to say is at the end of stderr already.
-        let outcome = Outcome { exit_code, fault: entry.fault, words: None };
-        let mut result =
-            output.result(subject, entry.command, outcome, entry.duration_ms.unwrap_or_default()).await;
-        result.stdout_bytes = entry.stdout_bytes;
-        result.stderr_bytes = entry.stderr_bytes;
-        result.sequence = Some(entry.sequence);
-        result.cwd = Some(entry.cwd);
-        Ok(result)
+        self.blocking(move || {
+            let directory = engine.inner.registry.task_directory(&id)?;
+            // Where it cannot be read, whoever puts the task in order says so.
+            Ok(TaskFile::read(&directory).ok().flatten())
+        })
+        .await
     }
+}
+
+/// The result of a command that has ended.
+async fn result(
+    task_id: &str,
+    file: Option<TaskFile>,
+    entry: JournalEntry,
+    output: Output<'_>,
+) -> ExecResult {
+    let of =
+        |field: fn(&TaskFile) -> &String| file.as_ref().map_or_else(String::new, |file| field(file).clone());
+    let subject = Subject {
+        vm_id: None,
+        task_id: Some(task_id.to_owned()),
+        environment: of(|file| &file.environment),
+        environment_version: of(|file| &file.environment_version),
+        execution_mode: entry.execution_mode.clone(),
+        isolation: of(|file| &file.isolation),
+        start_mode: of(|file| &file.start_mode),
+    };
+    let exit_code = entry.exit_code.unwrap_or_else(|| ended(Fault::GuestLost, 137).exit_code);
+    // Whatever there is to say is at the end of stderr already.
+    let outcome = Outcome { exit_code, fault: entry.fault, words: None };
+    let mut result =
+        output.result(subject, entry.command, outcome, entry.duration_ms.unwrap_or_default()).await;
+    result.stdout_truncated |= result.stdout_bytes < entry.stdout_bytes;
+    result.stderr_truncated |= result.stderr_bytes < entry.stderr_bytes;
+    result.stdout_bytes = entry.stdout_bytes;
+    result.stderr_bytes = entry.stderr_bytes;
+    result.sequence = Some(entry.sequence);
+    result.cwd = Some(entry.cwd);
+    result
 }
 
 /// Takes events until the command's end; none when the connection broke first.
@@ -331,9 +349,4 @@ fn unknown(task_id: &str) -> Error {
 fn no_command(task_id: &str, sequence: u64) -> Error {
     let text = format!("task '{task_id}' has no command {sequence}");
     Error::new(ErrorKind::NotFound, text).hint(format!("list its commands: pyro task logs {task_id}"))
-}
-
-/// Whether a task can run commands, by its record.
-pub(super) fn runs(file: &TaskFile) -> bool {
-    is_started(file)
 }

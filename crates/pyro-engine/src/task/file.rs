@@ -41,6 +41,9 @@ pub(crate) struct TaskFile {
     pub(crate) execution_mode: String,
     pub(crate) isolation: String,
     pub(crate) start_mode: String,
+    /// The least tier that its guest may have.
+    #[serde(default)]
+    pub(crate) require_isolation: Option<String>,
     #[serde(default)]
     pub(crate) metadata: BTreeMap<String, String>,
     #[serde(default)]
@@ -122,6 +125,16 @@ impl TaskFile {
         self.boot_id != boot_id()
     }
 
+    /// Goes over to the clock of this boot of the host.
+    pub(crate) fn note_reboot(&mut self) -> bool {
+        let has_rebooted = self.has_rebooted();
+        if has_rebooted {
+            self.expires_at_boottime = boottime() + self.life_left().as_secs_f64();
+            self.boot_id = boot_id();
+        }
+        has_rebooted
+    }
+
     /// Tells in the record that the supervisor is gone, where it says that the task runs.
     pub(crate) fn note_lost_supervisor(&mut self) -> bool {
         if self.state != VmState::Started {
@@ -175,6 +188,7 @@ pub(crate) mod tests {
             execution_mode: "guest_serial".to_owned(),
             isolation: "qemu-tcg".to_owned(),
             start_mode: "cold".to_owned(),
+            require_isolation: None,
             metadata: BTreeMap::new(),
             last_error: None,
         }

@@ -205,6 +205,8 @@ impl Journal {
             }
             return Err(error);
         }
+        // Before the command is sent: after a loss of power the number must not be given again.
+        self.sync()?;
         Ok(Writer { dir: self.dir.clone(), entry, stdout, stderr })
     }
 

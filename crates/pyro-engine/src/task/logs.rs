@@ -1,7 +1,7 @@
 //! Reading a task's journal: what was asked for and nothing else.
 
 use super::record::{LogEntry, LogQuery, TaskLogs};
-use super::{EntryStatus, JournalEntry, TaskFile};
+use super::{EntryStatus, JournalEntry};
 use crate::capture;
 use crate::engine::Engine;
 use crate::error::Error;
@@ -28,8 +28,7 @@ impl Engine {
     }
 
     /// Waits for the command with this number, which may not have begun yet, passes its output on from the beginning,
-    /// and returns its entry when it has ended; none when the task's supervisor is gone and there is no such command. A
-    /// task that is stopped may be started again, so that is waited for.
+    /// and returns its entry when it has ended; none when the task is stopped and there is no such command.
     ///
     /// # Errors
     /// When there is no such task, or the observer's reader went away.
@@ -50,22 +49,10 @@ impl Engine {
             }
         }
     }
-
-    /// Whether a task runs commands now.
-    ///
-    /// # Errors
-    /// When there is no such task.
-    pub async fn runs_commands(&self, task_id: &str) -> Result<bool, Error> {
-        let (engine, id) = (self.clone(), task_id.to_owned());
-        self.blocking(move || {
-            let registry = &engine.inner.registry;
-            drop(registry.lock_task(&id)?);
-            let file = TaskFile::read(&registry.task_directory(&id)?)?;
-            Ok(file.as_ref().is_some_and(super::exec::runs))
-        })
-        .await
-    }
 }
+
+/// Output of all entries together, where nothing else is asked for.
+const MOST_BYTES: u64 = 16 << 20;
 
 fn read(journal: &Journal, query: LogQuery) -> std::io::Result<Vec<LogEntry>> {
     let mut sequences = journal.sequences()?;
@@ -73,9 +60,10 @@ fn read(journal: &Journal, query: LogQuery) -> std::io::Result<Vec<LogEntry>> {
     if let Some(limit) = query.limit {
         sequences.drain(..sequences.len().saturating_sub(limit));
     }
-    let mut budget = query.max_bytes.unwrap_or(u64::MAX);
+    // The newest entries have the first claim on it.
+    let mut budget = query.max_bytes.unwrap_or(MOST_BYTES);
     let mut entries = Vec::with_capacity(sequences.len());
-    for sequence in sequences {
+    for sequence in sequences.into_iter().rev() {
         let Some(entry) = journal.entry(sequence)? else { continue };
         let mut text = |stream| -> std::io::Result<(String, bool)> {
             let (text, cut) = journal.text(sequence, stream, budget.min(capture::LIMIT as u64))?;
@@ -92,6 +80,7 @@ fn read(journal: &Journal, query: LogQuery) -> std::io::Result<Vec<LogEntry>> {
             stderr,
         });
     }
+    entries.reverse();
     Ok(entries)
 }
 
@@ -121,7 +110,8 @@ mod tests {
         let numbers: Vec<u64> = entries.iter().map(|entry| entry.entry.sequence).collect();
         assert_eq!(numbers, [17, 18, 19, 20]);
         assert!(entries.iter().map(|entry| entry.stdout.len()).sum::<usize>() < 3000);
-        assert!(!entries[1].stdout_truncated && entries[2].stdout_truncated && entries[3].stdout_truncated);
+        let cut: Vec<bool> = entries.iter().map(|entry| entry.stdout_truncated).collect();
+        assert_eq!(cut, [true, true, false, false], "the newest are whole");
         assert!(dir.path().join("000001.json").exists());
         assert_eq!(read(&journal, LogQuery::default()).expect("read").len(), 20);
     }

@@ -24,7 +24,6 @@ pub use self::record::{
 };
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind};
-use crate::record::VmState;
 use crate::registry::TaskLock;
 
 /// Between two looks at a supervisor that is on its way in or out: for a moment it holds its lock and does not
@@ -63,7 +62,11 @@ impl Engine {
                 match engine.task_record(&id) {
                     Ok(record) => tasks.push((engine.last_activity(&id), record)),
                     // Gone since its name was read, or not born yet.
-                    Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Expired) => {}
+                    Err(error) if error.kind() == ErrorKind::NotFound => {}
+                    // Whoever asks for it by name is to hear of it.
+                    Err(error) if error.kind() == ErrorKind::Expired => {
+                        engine.inner.registry.remember_expired(&id)
+                    }
                     Err(error) => problems.push(error.to_string()),
                 }
             }
@@ -203,8 +206,4 @@ impl Engine {
 pub(crate) fn not_started(task_id: &str) -> Error {
     let text = format!("task {task_id} must be in 'started' state before task_exec");
     Error::new(ErrorKind::WrongState, text).hint(format!("start it: pyro task start {task_id}"))
-}
-
-pub(crate) fn is_started(file: &TaskFile) -> bool {
-    file.state == VmState::Started
 }
