@@ -13,6 +13,7 @@
 mod body;
 mod command;
 mod commands;
+mod footprint;
 mod serve;
 
 use std::fs::File;
@@ -87,6 +88,7 @@ pub async fn supervise() -> io::Result<()> {
         supervisor.clone().give_up(kind).await;
         return Ok(());
     }
+    footprint::release_boot_code();
     serve::until_gone(supervisor, listener).await
 }
 

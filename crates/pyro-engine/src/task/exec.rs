@@ -42,9 +42,11 @@ impl Engine {
         observer: Observer,
     ) -> Result<ExecResult, Error> {
         let file = self.file_of(task_id).await?;
-        let (mut events, request_id) = self.send(task_id, exec, true).await?;
+        let (events, request_id) = self.send(task_id, exec, true).await?;
         let mut output = Output::new(&observer);
-        if let Some(entry) = take(&mut events, &observer, &mut output).await? {
+        if let Some(mut events) = events
+            && let Some(entry) = take(&mut events, &observer, &mut output).await?
+        {
             if output.totals() != [entry.stdout_bytes, entry.stderr_bytes] {
                 // It was ended over a slow reader. The journal has the rest, unless it went with the task.
                 drop(self.replay(task_id, entry.sequence, &mut output).await);
@@ -63,12 +65,14 @@ impl Engine {
     /// # Errors
     /// As [`Engine::exec_task`].
     pub async fn exec_task_detached(&self, task_id: &str, exec: ExecSpec) -> Result<Detached, Error> {
-        let (mut events, request_id) = self.send(task_id, exec, false).await?;
+        let (events, request_id) = self.send(task_id, exec, false).await?;
         let started =
             |sequence| Detached { task_id: task_id.to_owned(), sequence, status: EntryStatus::Running };
-        while let Ok(Some(event)) = events.message().await {
-            if let Some(event::Kind::Started(sequence)) = event.kind {
-                return Ok(started(sequence));
+        if let Some(mut events) = events {
+            while let Ok(Some(event)) = events.message().await {
+                if let Some(event::Kind::Started(sequence)) = event.kind {
+                    return Ok(started(sequence));
+                }
             }
         }
         match self.find_request(task_id, &request_id).await? {
@@ -110,8 +114,9 @@ impl Engine {
             }
             // Without a supervisor the journal is in order now, and the next round finds the command ended.
             if let Found::Supervised(mut client) = self.find_task(task_id).await? {
-                let mut events = follow(&mut client, sequence, output.totals()).await?;
-                if let Some(entry) = take(&mut events, observer, output).await? {
+                if let Some(mut events) = follow(&mut client, sequence, output.totals()).await?
+                    && let Some(entry) = take(&mut events, observer, output).await?
+                {
                     return Ok(Some(entry));
                 }
                 // Its end could not be written down yet: there is no event for a disk that has room again.
@@ -129,22 +134,22 @@ impl Engine {
         observer: &Observer,
     ) -> Result<Option<JournalEntry>, Error> {
         let mut output = Output::new(observer);
-        if let Found::Supervised(mut client) = self.find_task(task_id).await? {
-            let mut events = follow(&mut client, sequence, output.totals()).await?;
-            if let Some(entry) = take(&mut events, observer, &mut output).await? {
-                return Ok(Some(entry));
-            }
+        if let Found::Supervised(mut client) = self.find_task(task_id).await?
+            && let Some(mut events) = follow(&mut client, sequence, output.totals()).await?
+            && let Some(entry) = take(&mut events, observer, &mut output).await?
+        {
+            return Ok(Some(entry));
         }
         self.see_through(task_id, sequence, observer, &mut output).await
     }
 
-    /// Sends a command to the supervisor, once.
+    /// Sends a command to the supervisor, once; no events where the connection broke over it.
     async fn send(
         &self,
         task_id: &str,
         exec: ExecSpec,
         attached: bool,
-    ) -> Result<(Streaming<Event>, String), Error> {
+    ) -> Result<(Option<Streaming<Event>>, String), Error> {
         exec.check()?;
         let mut client = match self.find_task(task_id).await? {
             Found::Supervised(client) => client,
@@ -168,18 +173,10 @@ impl Engine {
         drop(inputs.send(ExecInput { kind: Some(exec_input::Kind::Start(start)) }).await);
         drop(tokio::spawn(feed(exec.stdin, inputs)));
         match client.exec(ReceiverStream::new(receiver)).await {
-            Ok(events) => Ok((events, request_id)),
+            Ok(events) => Ok((Some(events), request_id)),
             Err(status) if is_answer(&status) => Err(from_status(&status)),
             // It was sent, perhaps; the journal knows.
-            Err(_broken) => {
-                let entry = self.find_request(task_id, &request_id).await?.ok_or_else(|| unknown(task_id))?;
-                match self.find_task(task_id).await? {
-                    Found::Supervised(mut client) => {
-                        Ok((follow(&mut client, entry.sequence, [0, 0]).await?, request_id))
-                    }
-                    Found::Alone(..) => Err(unknown(task_id)),
-                }
-            }
+            Err(_broken) => Ok((None, request_id)),
         }
     }
 
@@ -310,10 +307,19 @@ async fn take(
     }
 }
 
-async fn follow(client: &mut Client, sequence: u64, offsets: [u64; 2]) -> Result<Streaming<Event>, Error> {
+/// Follows a command from these offsets on; none when the supervisor has gone away meanwhile.
+async fn follow(
+    client: &mut Client,
+    sequence: u64,
+    offsets: [u64; 2],
+) -> Result<Option<Streaming<Event>>, Error> {
     let [stdout_offset, stderr_offset] = offsets;
     let request = FollowRequest { sequence, stdout_offset, stderr_offset };
-    client.follow(request).await.map_err(|status| from_status(&status))
+    match client.follow(request).await {
+        Ok(events) => Ok(Some(events)),
+        Err(status) if is_answer(&status) => Err(from_status(&status)),
+        Err(_broken) => Ok(None),
+    }
 }
 
 /// Gives the caller's input to the supervisor as fast as the command takes it.
