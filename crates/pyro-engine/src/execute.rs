@@ -1,5 +1,6 @@
 //! One command from its sending to its end: its output taken as it comes, its end judged.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use pyro_vmm::Machine;
@@ -25,9 +26,16 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 const EXIT_GRACE: Duration = Duration::from_secs(2);
 
 /// A command that was sent.
-pub(crate) enum Process {
+enum Process {
     Guest(Box<Exec>),
     Host(HostExec),
+}
+
+/// Where a command runs.
+pub(crate) enum Place<'a> {
+    Guest(&'a Running),
+    /// On the host, in this directory.
+    Host(PathBuf),
 }
 
 /// Where output goes, piece by piece.
@@ -46,7 +54,7 @@ pub(crate) struct Limit {
 }
 
 impl Limit {
-    pub(crate) fn seconds(self) -> f64 {
+    fn seconds(self) -> f64 {
         self.asked.min(self.left.max(0.001))
     }
 
@@ -90,7 +98,7 @@ pub(crate) struct Outcome {
 
 impl Process {
     /// Sends a command to the guest, once.
-    pub(crate) async fn send(running: &Running, mut spec: ExecSpec, limit: Limit) -> Result<Self, Error> {
+    async fn send(running: &Running, mut spec: ExecSpec, limit: Limit) -> Result<Self, Error> {
         spec.timeout_seconds = limit.seconds();
         let sent = tokio::time::timeout(limit.duration() + GUEST_MARGIN, running.guest.exec(spec)).await;
         match sent {
@@ -122,11 +130,37 @@ impl Process {
     }
 }
 
-/// Takes a command's output until its end, its time limit, its cancellation, or the guest's end.
+/// Runs a command until its end, its time limit, its cancellation, or the guest's end.
 ///
 /// # Errors
-/// When the sink refuses, or the connection to a guest that lives broke; the command is ended then.
-pub(crate) async fn conduct(
+/// When the guest does not take it, the sink refuses, or the connection to a guest that lives broke; the command is
+/// ended then.
+pub(crate) async fn carry_out(
+    place: Place<'_>,
+    exec: ExecSpec,
+    limit: Limit,
+    sink: &mut impl Sink,
+    mut cancel: Cancel,
+) -> Result<Outcome, Error> {
+    let (mut process, machine) = match place {
+        Place::Guest(running) => {
+            let sent = tokio::select! {
+                biased;
+                // A guest that does not answer holds neither a cancellation nor the end of its task up.
+                fault = cancel.asked() => return Ok(ended(fault, 137)),
+                sent = Process::send(running, exec, limit) => sent?,
+            };
+            (sent, Some(&running.machine))
+        }
+        Place::Host(workspace) => {
+            (Process::Host(HostExec::start(workspace, exec.command, limit.duration())), None)
+        }
+    };
+    conduct(&mut process, machine, limit, sink, cancel).await
+}
+
+/// Takes a command's output until its end.
+async fn conduct(
     process: &mut Process,
     machine: Option<&Machine>,
     limit: Limit,

@@ -8,8 +8,7 @@ use tokio::sync::watch;
 
 use crate::engine::{Engine, may_use_host};
 use crate::error::{Error, ErrorKind};
-use crate::execute::{Cancel, Limit, Output, Process, Subject, conduct, millis};
-use crate::host::HostExec;
+use crate::execute::{Cancel, Limit, Output, Place, Subject, carry_out, millis};
 use crate::live::{Live, StartTimes, unavailable};
 use crate::observe::{Observer, Phase};
 use crate::record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRecord, VmState};
@@ -334,15 +333,9 @@ async fn execute(
     let began = Instant::now();
     let limit = Limit { asked: exec.timeout_seconds, left: record.expires_at - now() };
     let command = exec.command.display();
-    let (mut process, machine) = match live.running() {
-        Some(running) => (Process::send(running, exec, limit).await?, Some(&running.machine)),
-        None => {
-            let limit = Duration::from_secs_f64(limit.seconds());
-            (Process::Host(HostExec::start(live.workspace(), exec.command, limit)), None)
-        }
-    };
+    let place = live.running().map_or_else(|| Place::Host(live.workspace()), Place::Guest);
     let mut output = Output::new(observer);
-    let outcome = conduct(&mut process, machine, limit, &mut output, cancel).await?;
+    let outcome = carry_out(place, exec, limit, &mut output, cancel).await?;
     let subject = Subject {
         vm_id: Some(record.vm_id.clone()),
         task_id: None,

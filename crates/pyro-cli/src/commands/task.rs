@@ -1,7 +1,6 @@
 //! `pyro task`: a microVM that stays, and the record of what was done in it.
 
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
 
 use pyro_engine::{
     Engine, EntryStatus, Error, ErrorKind, ExecResult, ExecSpec, JournalEntry, LogEntry, LogQuery, Observer,
@@ -16,9 +15,6 @@ use crate::config;
 use crate::failure::Failure;
 use crate::printer::Printer;
 use crate::streams::{self, Forwarder};
-
-/// Between two looks for the number of a command that is to be cancelled.
-const BEAT: std::time::Duration = std::time::Duration::from_millis(20);
 
 /// Resolves to an exit code at a signal.
 pub(crate) type Interrupt = watch::Receiver<Option<u8>>;
@@ -97,11 +93,10 @@ async fn exec(
         return Ok(ExitCode::SUCCESS);
     }
     exec.stdin = streams::stdin();
-    let sequence = Arc::new(Mutex::new(None));
-    let noted = Arc::clone(&sequence);
+    let (noted, mut sequence) = watch::channel(None);
     let mut observer = Observer::none().on_phase(move |phase| {
-        if let (Phase::Sequence(number), Ok(mut noted)) = (phase, noted.lock()) {
-            *noted = Some(number);
+        if let Phase::Sequence(number) = phase {
+            noted.send_replace(Some(number));
         }
     });
     let mut forwarder = None;
@@ -110,7 +105,6 @@ async fn exec(
         observer = observer.output(sender);
         forwarder = Some(started);
     }
-    let number = move || sequence.lock().ok().and_then(|number| *number);
     let running = engine.exec_task(&args.task_id, exec, observer);
     tokio::pin!(running);
     let result = tokio::select! {
@@ -118,13 +112,12 @@ async fn exec(
         Some(code) = told(&mut interrupt) => {
             // A terminal that goes away leaves the command running; a person who presses Ctrl-C does not.
             if code != super::HANGUP {
-                // It may have been sent and not have got its number yet: then it is waited for.
-                let begun = async { while number().is_none() { tokio::time::sleep(BEAT).await } };
-                tokio::select! {
-                    _ = &mut running => return Ok(ExitCode::from(code)),
-                    () = begun => {}
-                }
-                if let Some(number) = number() {
+                // It may have been sent and not have got its number yet: then that is waited for.
+                let number = tokio::select! {
+                    _ = &mut running => None,
+                    number = sequence.wait_for(Option::is_some) => number.ok().and_then(|number| *number),
+                };
+                if let Some(number) = number {
                     drop(engine.cancel_task(&args.task_id, number).await);
                     drop(running.await);
                 }
@@ -133,7 +126,8 @@ async fn exec(
         }
     };
     let unread = result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Cancelled);
-    if unread && let Some(number) = number() {
+    let number = *sequence.borrow();
+    if unread && let Some(number) = number {
         // As with any program whose output nobody reads any more.
         drop(engine.cancel_task(&args.task_id, number).await);
     }

@@ -1,6 +1,6 @@
 //! Killing everything at moments that nobody chose: nothing may be left after the next command, and nothing lost.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::support::{Dice, Pyro, kill, text};
 
@@ -130,6 +130,27 @@ fn the_three_ways_in_which_a_task_loses_its_guest_have_three_names() {
         assert_eq!(text(&pyro.exec(&id, "cat f").stdout), "kept\n", "{name}");
     }
     pyro.ok(&["task", "delete", &id]);
+    pyro.until("the supervisor is gone", |pyro| pyro.processes().is_empty());
+    pyro.assert_empty();
+}
+
+#[test]
+fn a_guest_that_does_not_answer_holds_neither_a_cancellation_nor_a_delete_up() {
+    let pyro = Pyro::new();
+    let id = pyro.create();
+    kill(pyro.vmm(&id).expect("it lives"), "STOP");
+    let line = ["task", "exec", &id, "--timeout-seconds", "100", "--json", "--", "true"];
+    let (first, second) = (pyro.spawn(&line), pyro.spawn(&line));
+    pyro.until("both have begun", |pyro| pyro.status(&id)["command_count"] == 2);
+    let began = Instant::now();
+    pyro.ok(&["task", "cancel", &id, "1"]);
+    pyro.ok(&["task", "delete", &id]);
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    for child in [first, second] {
+        let output = child.wait_with_output().expect("it ends");
+        let result: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one object");
+        assert_eq!(result["fault"], "cancelled", "{result}");
+    }
     pyro.until("the supervisor is gone", |pyro| pyro.processes().is_empty());
     pyro.assert_empty();
 }

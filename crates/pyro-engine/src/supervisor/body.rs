@@ -2,7 +2,6 @@
 //! and its end when nobody asked for it.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use pyro_vmm::{DiskCache, Isolation, MachineEnd, MachineExit, Vmm};
 
@@ -115,7 +114,11 @@ impl Supervisor {
         crate::budget::check(registry.state_dir(), self.file().mem_mib)?;
         registry.readmit_task(cap, &self.id)?;
         let booted = self.boot().await;
-        if booted.is_err() {
+        if let Err(error) = &booted {
+            if self.state() == VmState::Started {
+                // The record was written and its row was not: nothing runs all the same.
+                drop(self.note_stopped(Some(format!("start_failed: {error}"))));
+            }
             registry.set_task_state(&self.id, VmState::Stopped.as_str())?;
         }
         booted
@@ -143,7 +146,6 @@ impl Supervisor {
 
     /// Writes down that the task is stopped, now or once the disk has room for it.
     fn note_stopped(self: &Arc<Self>, why: Option<String>) -> Result<(), Error> {
-        const AGAIN: Duration = Duration::from_secs(2);
         let stopped = |file: &mut TaskFile, why: &Option<String>| {
             file.state = VmState::Stopped;
             file.last_error.clone_from(why);
@@ -153,12 +155,7 @@ impl Supervisor {
             super::serve::complain(&format!("that the task is stopped could not be recorded: {error}"));
             let supervisor = Arc::clone(self);
             drop(tokio::spawn(async move {
-                let mut gone = supervisor.gone.subscribe();
-                loop {
-                    tokio::select! {
-                        _ = gone.wait_for(|gone| *gone) => return,
-                        () = tokio::time::sleep(AGAIN) => {}
-                    }
+                while supervisor.may_have_room().await {
                     let _gate = supervisor.gate.lock().await;
                     let is_stopped = matches!(&*supervisor.body(), Body::None);
                     if !is_stopped || supervisor.write(|file| stopped(file, &why)).is_ok() {

@@ -3,7 +3,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, watch};
@@ -14,9 +14,8 @@ use super::Supervisor;
 use super::body::Body;
 use super::commands::{Handle, Progress};
 use crate::error::{Error, ErrorKind};
-use crate::execute::{Cancel, Limit, Outcome, Process, Sink, conduct, ended, millis};
+use crate::execute::{Cancel, Limit, Outcome, Place, Sink, carry_out, ended, millis};
 use crate::guest::{Chunk, Stream};
-use crate::host::HostExec;
 use crate::record::Fault;
 use crate::spec::ExecSpec;
 use crate::task::journal::{EntryStatus, JournalEntry, NewEntry, Writer};
@@ -92,8 +91,14 @@ impl Supervisor {
     async fn carry_out(self: Arc<Self>, exec: ExecSpec, body: Body, mut sink: Journaled, cancel: Cancel) {
         let began = Instant::now();
         let limit = Limit { asked: exec.timeout_seconds, left: self.file().life_left().as_secs_f64() };
-        let conducted = self.conduct(exec, &body, limit, &mut sink, cancel).await;
-        let (outcome, reason) = match conducted {
+        let carried_out = match &body {
+            Body::None => Err(not_started(&self.id)),
+            Body::Guest(running) => carry_out(Place::Guest(running), exec, limit, &mut sink, cancel).await,
+            Body::Host => {
+                carry_out(Place::Host(self.directory.workspace()), exec, limit, &mut sink, cancel).await
+            }
+        };
+        let (outcome, reason) = match carried_out {
             Ok(outcome) => (outcome, None),
             Err(error) => {
                 if let Body::Guest(running) = &body
@@ -124,25 +129,6 @@ impl Supervisor {
         entry.reason =
             reason.or_else(|| outcome.fault.map(|_| outcome.words.unwrap_or_default().trim().to_owned()));
         self.finish(sink).await;
-    }
-
-    async fn conduct(
-        &self,
-        exec: ExecSpec,
-        body: &Body,
-        limit: Limit,
-        sink: &mut Journaled,
-        cancel: Cancel,
-    ) -> Result<Outcome, Error> {
-        let (mut process, machine) = match body {
-            Body::None => return Err(not_started(&self.id)),
-            Body::Guest(running) => (Process::send(running, exec, limit).await?, Some(&running.machine)),
-            Body::Host => {
-                let life = Duration::from_secs_f64(limit.seconds());
-                (Process::Host(HostExec::start(self.directory.workspace(), exec.command, life)), None)
-            }
-        };
-        conduct(&mut process, machine, limit, sink, cancel).await
     }
 
     /// Writes the end of a command down, then tells it.
@@ -188,25 +174,16 @@ impl Supervisor {
     /// A full disk does not stay full for ever: an end that could not be written down is tried again until it is, or
     /// until the task is gone.
     fn finish_later(self: &Arc<Self>, mut writer: Writer) {
-        const AGAIN: Duration = Duration::from_secs(2);
         let supervisor = Arc::clone(self);
         drop(tokio::spawn(async move {
-            let mut gone = supervisor.gone.subscribe();
-            loop {
-                tokio::select! {
-                    _ = gone.wait_for(|gone| *gone) => return,
-                    () = tokio::time::sleep(AGAIN) => {}
-                }
-                match supervisor
-                    .engine
-                    .blocking(move || {
-                        let done = writer.finish();
-                        Ok((writer, done))
-                    })
-                    .await
-                {
+            while supervisor.may_have_room().await {
+                let again = supervisor.engine.blocking(move || {
+                    let done = writer.finish();
+                    Ok((writer, done))
+                });
+                match again.await {
                     Ok((_, Ok(()))) | Err(_) => return,
-                    Ok((again, Err(_full))) => writer = again,
+                    Ok((unfinished, Err(_full))) => writer = unfinished,
                 }
             }
         }));

@@ -22,6 +22,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use pyro_image::Environment;
 use tokio::sync::watch;
@@ -219,6 +220,13 @@ impl Supervisor {
         }
         self.gone.send_replace(true);
         Ok(())
+    }
+
+    /// Waits for a moment in which a full disk may have room again, which has no event; false once the task is gone.
+    async fn may_have_room(&self) -> bool {
+        const AGAIN: Duration = Duration::from_secs(2);
+        let mut gone = self.gone.subscribe();
+        tokio::time::timeout(AGAIN, gone.wait_for(|gone| *gone)).await.is_err()
     }
 
     fn state(&self) -> VmState {

@@ -196,17 +196,19 @@ impl Journal {
             reason: None,
             request_id: new.request_id,
         };
-        let written = self.write(&entry, Place::Free);
+        // Its name too must be on the disk before the command is sent: after a loss of power the number must not be
+        // given again.
+        let written = self.write(&entry, Place::Free).and_then(|()| self.sync());
         if let Err(error) = written {
-            // The number stays free for the next command.
+            // The number stays free for the next command, unless another command has it.
             if error.kind() != io::ErrorKind::AlreadyExists {
-                drop(files::remove_if_there(&self.output(sequence, Stream::Stdout)));
-                drop(files::remove_if_there(&self.output(sequence, Stream::Stderr)));
+                let outputs = [Stream::Stdout, Stream::Stderr].map(|stream| self.output(sequence, stream));
+                for path in outputs.iter().chain([&self.json(sequence)]) {
+                    drop(files::remove_if_there(path));
+                }
             }
             return Err(error);
         }
-        // Before the command is sent: after a loss of power the number must not be given again.
-        self.sync()?;
         Ok(Writer { dir: self.dir.clone(), entry, stdout, stderr })
     }
 
