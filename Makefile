@@ -4,6 +4,8 @@ run: setup ## Build pyro and run a real command in a real microVM
 	cargo run --quiet --release -p pyro-cli -- run debian:12 -- git --version
 test: setup ## Run every test, with real microVMs
 	scripts/test.sh
+test-firecracker: setup ## Run the conformance suite on real Firecracker guests
+	scripts/test-firecracker.sh
 check: ## Format, lints, dependency policy, docs
 	scripts/check.sh
 chaos: setup ## Kill everything at random, FOR seconds (600) from a SEED
@@ -14,4 +16,4 @@ bench: setup ## Measure what SPECIFICATION.md promises
 	scripts/bench.sh
 setup: ## Install what a fresh Debian machine lacks
 	@scripts/setup.sh
-.PHONY: help run test check chaos fuzz bench setup
+.PHONY: help run test test-firecracker check chaos fuzz bench setup

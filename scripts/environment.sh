@@ -4,8 +4,20 @@
 set -eu
 cache=$PWD/target/tmp/environments
 export PYRO_ENVIRONMENT_CACHE_DIR="$cache" PYRO_STATE_DIR="$PWD/target/tmp/state"
-cargo run --quiet -p pyro-cli -- env pull debian:12 >&2
-kernel=$(dirname "$(find "$cache/kernels" -name vmlinux | head -n 1)")
-guest=$PWD/target/tmp/bare-guest.cpio
-[ -s "$guest" ] || sh crates/pyro-vmm/tests/guest/build.sh "$kernel/modules" "$guest"
-echo "PYRO_TEST_KERNEL=$kernel/vmlinux PYRO_TEST_VMM_INITRAMFS=$guest PYRO_TEST_ENVIRONMENTS=$cache"
+pulled=$(cargo run --quiet -p pyro-cli -- env pull debian:12 --json)
+of() { echo "$pulled" | sed -n "s/^ *\"$1\": \"\(.*\)\",*$/\1/p"; }
+kernel=$(of kernel_image)
+bare=$PWD/target/tmp/bare-guest.cpio
+[ -s "$bare" ] || sh crates/pyro-vmm/tests/guest/build.sh "$(dirname "$kernel")/modules" "$bare"
+guest=$PWD/target/tmp/guest
+mkdir -p "$guest"
+ln -sf "$kernel" "$guest/vmlinux"
+ln -sf "$(of initramfs_image)" "$guest/initramfs"
+ln -sf "$(of rootfs_image)" "$guest/rootfs"
+if [ ! -s "$guest/overlay" ]; then
+    mke2fs -q -F -t ext4 -m 0 -J size=8 "$guest/.overlay.$$" 192M >&2
+    mv "$guest/.overlay.$$" "$guest/overlay"
+fi
+archive=$(scripts/firecracker.sh)
+echo "PYRO_TEST_FIRECRACKER=$archive"
+echo "PYRO_TEST_KERNEL=$kernel PYRO_TEST_VMM_INITRAMFS=$bare PYRO_TEST_ENVIRONMENTS=$cache PYRO_TEST_GUEST=$guest"

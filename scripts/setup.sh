@@ -13,6 +13,9 @@ need mke2fs e2fsprogs
 need fsck.erofs erofs-utils
 need cpio cpio
 need strip binutils
+need busybox busybox-static
+need python3 python3
+python3 -m pip --version >/dev/null 2>&1 || missing="$missing python3-pip"
 [ -e /usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 ] || missing="$missing libfaketime"
 [ -n "$missing" ] || exit 0
 echo "installing:$missing" >&2

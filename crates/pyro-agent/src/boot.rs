@@ -13,6 +13,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::UnshareFlags;
 
 use crate::cgroup::GuestCgroup;
+use crate::channel::Channel;
 
 /// Where the writable disk is mounted, in the agent's own namespace.
 pub(crate) const DISK: &str = "/upper";
@@ -29,6 +30,8 @@ pub(crate) struct Guest {
     /// The null device as it was at boot: a guest may do anything to its own.
     pub(crate) null: File,
     pub(crate) cgroup: GuestCgroup,
+    /// How the host talks to the agent.
+    pub(crate) channel: Channel,
     pub(crate) init_micros: u64,
     pub(crate) root_micros: u64,
 }
@@ -65,7 +68,11 @@ pub(crate) fn boot() -> Result<Guest, BootError> {
     attach("proc", "/proc", "proc", hardened, "").phase("init", "/proc")?;
     attach("sysfs", "/sys", "sysfs", hardened, "").phase("init", "/sys")?;
     protect_from_oom().phase("init", "oom_score_adj")?;
-    load_modules()?;
+    let channel = Channel::announced().phase("init", "/proc/cmdline")?;
+    load_modules("order")?;
+    if matches!(channel, Channel::Vsock { .. }) {
+        load_modules("order.vsock")?;
+    }
     mount_root()?;
     let cgroup = GuestCgroup::new().phase("cgroup", "/cgroup")?;
     let (cgroup_namespace, namespace) = cgroup.namespace(guest_namespace).phase("cgroup", "namespace")?;
@@ -74,7 +81,7 @@ pub(crate) fn boot() -> Result<Guest, BootError> {
     raise_loopback();
     raise_file_limit();
     let root_micros = uptime_micros();
-    Ok(Guest { namespace, cgroup_namespace, null, cgroup, init_micros, root_micros })
+    Ok(Guest { namespace, cgroup_namespace, null, cgroup, channel, init_micros, root_micros })
 }
 
 /// The kernel never picks the agent when memory runs out; commands get the ordinary score back.
@@ -85,9 +92,9 @@ fn protect_from_oom() -> io::Result<()> {
         .and_then(|mut file| io::Write::write_all(&mut file, b"-1000"))
 }
 
-fn load_modules() -> Result<(), BootError> {
-    let order =
-        File::open("/modules/order").and_then(io::read_to_string).phase("modules", "/modules/order")?;
+fn load_modules(list: &str) -> Result<(), BootError> {
+    let list = format!("/modules/{list}");
+    let order = File::open(&list).and_then(io::read_to_string).phase("modules", &list)?;
     for name in order.lines().filter(|line| !line.is_empty()) {
         let file = File::open(format!("/modules/{name}")).phase("modules", name)?;
         match rustix::system::finit_module(&file, c"", 0) {

@@ -2,13 +2,14 @@
 //!
 //! It lives in the initramfs and stays there: the guest's own root is another mount namespace, into which
 //! each command is placed and which never shows the agent. It speaks the protocol of `pyro-proto` over one
-//! virtio-serial port. It resolves no names and loads nothing at run time, so it runs under any distribution.
+//! virtio-serial port, or a virtio socket. It resolves no names and loads nothing at run time, so it runs under any distribution.
 //!
 //! A failure to boot is told on the console, one line with the phase, and ends the guest: the host reads the
 //! line from the console's log.
 
 mod boot;
 mod cgroup;
+mod channel;
 mod exec;
 mod identity;
 mod launch;

@@ -1,4 +1,4 @@
-//! Conversations with the host, one after another over the one port.
+//! One conversation with the host, over whatever channel.
 
 use std::future::poll_fn;
 use std::io;
@@ -16,21 +16,30 @@ use pyro_proto::{
     PowerOffReply, PowerOffRequest, SignalReply, SignalRequest, exec_input, limits,
 };
 use rustix::process::{Pid, Signal, kill_process_group};
-use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::boot::Guest;
-use crate::port::{FromHost, ToHost};
 use crate::reaper::Reaper;
-use crate::{exec, identity, port, power};
+use crate::{exec, identity, power};
 
 /// Serves until the guest ends. Whatever else ends it, the disk is written out first.
 pub(crate) async fn serve(guest: Guest) -> io::Result<()> {
     let guest = Arc::new(guest);
-    let served = converse(Arc::clone(&guest)).await;
+    let served = match Reaper::start() {
+        Ok(reaper) => {
+            // Whoever comes next gives the guest its identity anew: it may be the first after a restore.
+            let conversation = || {
+                let identified = Arc::new(AtomicBool::new(false));
+                Conversation(Service { guest: Arc::clone(&guest), reaper: reaper.clone(), identified })
+            };
+            guest.channel.serve(conversation).await
+        }
+        Err(error) => Err(error),
+    };
     if let Err(error) = &served {
         crate::say(&format!("phase=serve failed: {error}"));
     }
@@ -38,40 +47,42 @@ pub(crate) async fn serve(guest: Guest) -> io::Result<()> {
     served
 }
 
-async fn converse(guest: Arc<Guest>) -> io::Result<()> {
-    let (mut from_host, mut to_host) = port::open()?;
-    let reaper = Reaper::start()?;
-    loop {
-        meet(&mut from_host, &mut to_host).await?;
-        // Whoever comes next gives the guest its identity anew: it may be the first after a restore.
-        let service = Service {
-            guest: Arc::clone(&guest),
-            reaper: reaper.clone(),
-            identified: Arc::new(AtomicBool::new(false)),
-        };
-        let agent = AgentServer::new(service)
-            .max_decoding_message_size(limits::MESSAGE)
-            .max_encoding_message_size(limits::MESSAGE);
-        // A connection ends when the host is gone or speaks nonsense; the next one begins with a resync.
-        let stream = tokio::io::join(&mut from_host, &mut to_host);
-        drop(
-            hyper::server::conn::http2::Builder::new(TokioExecutor::new())
-                .timer(TokioTimer::new())
-                .initial_stream_window_size(limits::STREAM_WINDOW)
-                .initial_connection_window_size(limits::CONNECTION_WINDOW)
-                .max_concurrent_streams(limits::STREAMS)
-                .max_header_list_size(limits::HEADERS)
-                .max_send_buf_size(limits::CHUNK * 2)
-                .keep_alive_interval(Some(Duration::from_secs(20)))
-                .keep_alive_timeout(Duration::from_secs(60))
-                .serve_connection(TokioIo::new(stream), TowerToHyperService::new(agent))
-                .await,
-        );
-    }
+/// All that the host may ask for in one conversation.
+pub(crate) struct Conversation(Service);
+
+/// Holds one conversation: a resync, then calls until the host is gone or speaks nonsense. An error is one of the
+/// channel itself, before the conversation has begun.
+pub(crate) async fn converse(
+    from_host: &mut (impl AsyncBufRead + Unpin + Send),
+    to_host: &mut (impl AsyncWrite + Unpin + Send),
+    conversation: Conversation,
+) -> io::Result<()> {
+    meet(from_host, to_host).await?;
+    let agent = AgentServer::new(conversation.0)
+        .max_decoding_message_size(limits::MESSAGE)
+        .max_encoding_message_size(limits::MESSAGE);
+    let stream = tokio::io::join(from_host, to_host);
+    drop(
+        hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(limits::STREAM_WINDOW)
+            .initial_connection_window_size(limits::CONNECTION_WINDOW)
+            .max_concurrent_streams(limits::STREAMS)
+            .max_header_list_size(limits::HEADERS)
+            .max_send_buf_size(limits::CHUNK * 2)
+            .keep_alive_interval(Some(Duration::from_secs(20)))
+            .keep_alive_timeout(Duration::from_secs(60))
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(agent))
+            .await,
+    );
+    Ok(())
 }
 
 /// Reads until the host and the guest agree where a conversation begins.
-async fn meet(from_host: &mut FromHost, to_host: &mut ToHost) -> io::Result<()> {
+async fn meet(
+    from_host: &mut (impl AsyncBufRead + Unpin),
+    to_host: &mut (impl AsyncWrite + Unpin),
+) -> io::Result<()> {
     let mut guest = resync::Guest::default();
     loop {
         let available =

@@ -161,6 +161,17 @@ pub(crate) enum EnvVerb {
     Inspect(EnvArgs),
     /// Remove all installed environments that are not in use
     Prune(Output),
+    /// Install Firecracker, which runs the guests where KVM works
+    Firecracker(FirecrackerArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FirecrackerArgs {
+    /// The archive to take it from: a release's .tgz or a wheel, as a file or an https address
+    #[arg(long, value_name = "ARCHIVE", env = "PYRO_FIRECRACKER")]
+    pub(crate) from: Option<std::path::PathBuf>,
+    #[command(flatten)]
+    pub(crate) output: Output,
 }
 
 #[derive(Debug, Args)]
@@ -259,6 +270,7 @@ impl Verb {
             | Self::Demo(output)
             | Self::Reap(output) => output.json,
             Self::Env(EnvVerb::Pull(args) | EnvVerb::Inspect(args)) => args.output.json,
+            Self::Env(EnvVerb::Firecracker(args)) => args.output.json,
             Self::Completion { .. } | Self::Man { .. } | Self::Supervise { .. } => false,
         }
     }

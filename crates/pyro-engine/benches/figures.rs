@@ -34,6 +34,7 @@ async fn main() {
         apt_sources: None,
         tool_path: std::env::var_os("PATH").unwrap_or_default(),
         backend: None,
+        firecracker: None,
         max_active_vms: 4,
         max_ttl_seconds: 3600,
         supervisor: Some(variable("PYRO_TEST_PROGRAM")),
@@ -177,10 +178,11 @@ async fn boot_bare(qemu: &Qemu, dir: &Path) -> Duration {
         vcpus: 1,
         memory_mib: 1024,
         kernel_args: Vec::new(),
+        savable: false,
     };
     let began = Instant::now();
     let machine = qemu.launch(&spec).await.expect("launched");
-    let mut stream = machine.take_stream().expect("a channel");
+    let mut stream = machine.connect().await.expect("a channel");
     stream.read_exact(&mut [0]).await.expect("a byte");
     let time = began.elapsed();
     machine.kill().await;

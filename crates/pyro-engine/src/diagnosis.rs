@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use pyro_image::Check;
-use pyro_vmm::Vmm;
 use pyro_vmm::host::{HostFacts, KvmProbe};
+use pyro_vmm::{Confine, Driver, Vmm};
 use serde::Serialize;
 
 use crate::budget::free_disk_mib;
@@ -24,6 +24,8 @@ pub struct Diagnosis {
     pub isolation: String,
     pub kvm: Kvm,
     pub vmm: Option<VmmFacts>,
+    /// The Firecracker that is used where KVM works.
+    pub firecracker: Option<FirecrackerFacts>,
     pub capabilities: Capabilities,
     pub networking: Networking,
     pub environment_cache: EnvironmentCache,
@@ -64,6 +66,19 @@ pub struct VmmFacts {
     pub binary: String,
     /// Whether it confines itself with seccomp.
     pub sandbox: bool,
+    /// What else keeps it apart from the host: `jailer`, `namespaces` or `none`.
+    pub confine: String,
+}
+
+/// A Firecracker that is installed, whether or not it can be used here.
+#[derive(Clone, Debug, Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
+pub struct FirecrackerFacts {
+    pub version: String,
+    pub binary: String,
+    pub jailer: Option<String>,
+    /// How it was found: `named`, `store` (installed by pyro) or `path`.
+    pub origin: String,
 }
 
 /// What machines can do here.
@@ -132,6 +147,16 @@ impl Diagnosis {
                 None
             }
         });
+        let firecracker = engine.as_ref().and_then(|engine| match engine.known_firecracker() {
+            Ok(found) => found,
+            Err(error) => {
+                // The same is said where it is the one that was asked for.
+                if vmm.is_some() {
+                    issues.push(Issue::of(&error));
+                }
+                None
+            }
+        });
         let isolation = vmm.as_ref().map(|vmm| vmm.capabilities().isolation.as_str());
         let cache = EnvironmentCache::look(engine.as_ref(), config, &mut issues);
         let checks = engine.as_ref().map(|engine| engine.environments().doctor()).unwrap_or_default();
@@ -155,11 +180,12 @@ impl Diagnosis {
             runtime_ok,
             isolation: isolation.unwrap_or("none").to_owned(),
             kvm: Kvm::from(facts.kvm),
-            vmm: vmm.as_ref().map(|vmm| VmmFacts {
-                name: vmm.kind().as_str().to_owned(),
-                version: vmm.config().version.clone(),
-                binary: vmm.config().binary.display().to_string(),
-                sandbox: vmm.config().sandbox,
+            vmm: vmm.as_ref().map(VmmFacts::of),
+            firecracker: firecracker.map(|(found, version)| FirecrackerFacts {
+                version,
+                binary: found.firecracker.display().to_string(),
+                jailer: found.jailer.map(|jailer| jailer.display().to_string()),
+                origin: found.origin.to_owned(),
             }),
             capabilities: Capabilities {
                 guests: vmm.is_some(),
@@ -179,6 +205,28 @@ impl Diagnosis {
             checks,
             issues,
             duration_ms: crate::execute::millis(began.elapsed()),
+        }
+    }
+}
+
+impl VmmFacts {
+    fn of(driver: &Driver) -> Self {
+        let (binary, sandbox, confine) = match driver {
+            Driver::Firecracker(driver) => {
+                let confine = match driver.config().confine {
+                    Confine::Jailer(_) => "jailer",
+                    Confine::Namespaces => "namespaces",
+                };
+                (&driver.config().binary, true, confine)
+            }
+            Driver::Qemu(driver) => (&driver.config().binary, driver.config().sandbox, "none"),
+        };
+        Self {
+            name: driver.kind().as_str().to_owned(),
+            version: driver.version().to_owned(),
+            binary: binary.display().to_string(),
+            sandbox,
+            confine: confine.to_owned(),
         }
     }
 }

@@ -7,12 +7,11 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyro_image::{Environment, Pruned, Pulled, Store, StoreConfig};
-use pyro_vmm::host::{HostFacts, find_qemu, qemu_version};
-use pyro_vmm::{Accel, Isolation, Qemu, QemuConfig, Vmm};
+use pyro_vmm::host::HostFacts;
+use pyro_vmm::{Isolation, Vmm};
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind};
-use crate::live::unavailable;
 use crate::observe::{Building, CancelOnDrop, Observer};
 use crate::registry::{Registry, Swept};
 use crate::spec::VmSpec;
@@ -29,8 +28,11 @@ pub struct EngineConfig {
     pub apt_sources: Option<PathBuf>,
     /// Directories in which tools such as QEMU are looked for, as in `PATH`.
     pub tool_path: OsString,
-    /// The VMM to use, `qemu`; none: the best that works.
+    /// The VMM to use, `firecracker` or `qemu`; none: the strongest that works.
     pub backend: Option<String>,
+    /// Where Firecracker is: the program, its directory, or the archive that `Engine::install_firecracker` takes it
+    /// from; none: where it was installed to, or in `tool_path`.
+    pub firecracker: Option<PathBuf>,
     /// Live machines and tasks on this state directory at the most.
     pub max_active_vms: u32,
     /// The longest life that may be asked for, in seconds.
@@ -84,11 +86,7 @@ impl Engine {
 
     /// As [`Engine::open`], without looking at what others have left.
     pub(crate) fn open_as_is(config: EngineConfig) -> Result<Self, Error> {
-        if let Some(backend) = config.backend.as_deref()
-            && backend != "qemu"
-        {
-            return Err(Error::new(ErrorKind::InvalidValue, "invalid backend; expected one of: qemu"));
-        }
+        crate::backend::check_name(config.backend.as_deref())?;
         let store = Store::open(StoreConfig {
             cache_dir: config.cache_dir.clone(),
             apt_sources: config.apt_sources.clone(),
@@ -224,20 +222,6 @@ impl Engine {
             Err(error) if may_use_host(spec, &error) => Ok(None),
             Err(error) => Err(error),
         }
-    }
-
-    pub(crate) fn vmm(&self) -> Result<Qemu, Error> {
-        let config = &self.inner.config;
-        let binary = find_qemu(&config.tool_path).ok_or_else(|| {
-            unavailable("qemu-system-x86_64 is not installed").hint("apt-get install qemu-system-x86")
-        })?;
-        let cache = self.host_cache();
-        let version = qemu_version(&binary, &cache).map_err(|error| {
-            unavailable(&error.to_string()).hint("reinstall it: apt-get install --reinstall qemu-system-x86")
-        })?;
-        let facts = HostFacts::load(&cache);
-        let accel = if facts.kvm.usable { Accel::Kvm } else { Accel::Tcg { tsc_khz: facts.tsc_khz } };
-        Ok(Qemu::new(QemuConfig { binary, version: version.version, sandbox: version.sandbox, accel }))
     }
 
     pub(crate) fn host_cache(&self) -> PathBuf {

@@ -15,8 +15,11 @@
 //! # }
 //! ```
 
+mod backend;
 mod budget;
 mod capture;
+#[cfg(test)]
+mod conformance;
 mod diagnosis;
 mod engine;
 mod error;
@@ -34,7 +37,9 @@ mod supervisor;
 mod task;
 mod vm;
 
-pub use diagnosis::{Capabilities, Diagnosis, EnvironmentCache, Issue, Kvm, Networking, State, VmmFacts};
+pub use diagnosis::{
+    Capabilities, Diagnosis, EnvironmentCache, FirecrackerFacts, Issue, Kvm, Networking, State, VmmFacts,
+};
 pub use engine::{Engine, EngineConfig, Reaped};
 pub use error::{Error, ErrorKind};
 pub use guest::{Chunk, Stream};
@@ -50,6 +55,7 @@ pub use task::{
 pub use pyro_image::{Check, Entry, Inspection, Pruned, Pulled};
 pub use pyro_vmm::Isolation;
 pub use pyro_vmm::host::HostFacts;
+pub use pyro_vmm::source::{Found as FirecrackerFound, VERSION as FIRECRACKER_VERSION};
 
 /// The version of pyro and of its catalog of environments.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -6,16 +6,22 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pyro_image::Environment;
-use pyro_vmm::{DiskCache, Machine, MachineExit, MachineSpec, Qemu, Vmm};
+use pyro_vmm::{Channel, DiskCache, Driver, Isolation, Machine, MachineExit, MachineSpec, Vmm};
 use rustix::fs::SeekFrom as Region;
 
+use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, chain};
 use crate::guest::{Guest, Identity};
 use crate::registry::{Lease, Registry};
+use crate::spec::VmSpec;
 
 /// How long a guest may take to answer after its VMM runs. A cold boot in software emulation takes one to two
 /// seconds on an idle host and ten on a crowded one.
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);
+/// The same, where the processor runs the guest: a second, and ten where that processor is itself emulated.
+const KVM_BOOT_DEADLINE: Duration = Duration::from_secs(30);
+/// How often a guest is met anew that breaks the connection before it has its identity.
+const MEETINGS: u32 = 5;
 /// How long a guest may take to write its disks and end.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(15);
 /// How long the end of a VMM is waited for whose guest has stopped answering.
@@ -39,6 +45,9 @@ pub(crate) struct Boot<'a> {
 pub(crate) struct Running {
     pub(crate) machine: Machine,
     pub(crate) guest: Guest,
+    /// How its commands are run, as records name it.
+    pub(crate) execution_mode: &'static str,
+    pub(crate) isolation: Isolation,
 }
 
 /// How long the two halves of a start took.
@@ -50,8 +59,9 @@ pub(crate) struct StartTimes {
 
 impl Running {
     /// Boots a machine and waits for its agent. Dropping the future ends whatever it had started.
-    pub(crate) async fn boot(vmm: &Qemu, boot: &Boot<'_>) -> Result<(Self, StartTimes), Error> {
+    pub(crate) async fn boot(vmm: &Driver, boot: &Boot<'_>) -> Result<(Self, StartTimes), Error> {
         let began = Instant::now();
+        let deadline = if vmm.emulates() { BOOT_DEADLINE } else { KVM_BOOT_DEADLINE };
         let spec = MachineSpec {
             dir: boot.dir.clone(),
             kernel: boot.environment.kernel.clone(),
@@ -62,6 +72,7 @@ impl Running {
             vcpus: boot.vcpus,
             memory_mib: boot.memory_mib,
             kernel_args: Vec::new(),
+            savable: false,
         };
         let machine = vmm.launch(&spec).await.map_err(|error| {
             let failed = unavailable(&format!("phase=start: {}", chain(&error)));
@@ -71,15 +82,15 @@ impl Running {
             }
         })?;
         let start = began.elapsed();
-        let stream = machine.take_stream().ok_or_else(|| unavailable("the machine has no channel"))?;
         let met = tokio::select! {
             exit = machine.wait() => return Err(boot_failed(&exit)),
-            met = tokio::time::timeout(BOOT_DEADLINE, Guest::meet(stream, &boot.identity)) => met,
+            met = tokio::time::timeout(deadline, meet(&machine, &boot.identity)) => met,
         };
         match met {
             Ok(Ok(guest)) => {
                 let times = StartTimes { start, handshake: began.elapsed() - start };
-                Ok((Self { machine, guest }, times))
+                let isolation = vmm.capabilities().isolation;
+                Ok((Self { machine, guest, execution_mode: execution_mode(vmm), isolation }, times))
             }
             Ok(Err(error)) => {
                 // The end of the VMM closes its channel a moment before it is known; it tells more.
@@ -93,7 +104,7 @@ impl Running {
             }
             Err(_elapsed) => {
                 let console = last_lines(&machine.console_tail());
-                let seconds = BOOT_DEADLINE.as_secs();
+                let seconds = deadline.as_secs();
                 Err(unavailable(&format!("phase=boot: no answer within {seconds} s{console}")))
             }
         }
@@ -103,6 +114,32 @@ impl Running {
     pub(crate) async fn power_off(&self) -> MachineExit {
         tokio::join!(self.guest.power_off(), self.machine.shutdown(POWER_OFF_DEADLINE));
         self.machine.wait().await
+    }
+}
+
+/// Finds the agent of a machine that runs, however long it takes to come up.
+///
+/// A virtio socket is reset once after its machine was restored, and takes the connection of that moment with it. No
+/// command has been sent then, so the meeting begins anew.
+pub(crate) async fn meet(machine: &Machine, identity: &Identity) -> io::Result<Guest> {
+    let mut stream = machine.connect().await.map_err(io::Error::other)?;
+    let mut attempts = 1;
+    loop {
+        match Guest::meet(stream, identity).await {
+            Err(error) if attempts < MEETINGS => {
+                // Where there is only one stream, this was it.
+                stream = machine.connect().await.map_err(|_taken| error)?;
+                attempts += 1;
+            }
+            met => return met,
+        }
+    }
+}
+
+fn execution_mode(vmm: &Driver) -> &'static str {
+    match vmm.capabilities().channel {
+        Channel::Serial => "guest_serial",
+        Channel::Vsock => "guest_vsock",
     }
 }
 
@@ -152,21 +189,20 @@ impl Live {
     /// Boots the machine and waits for its agent.
     pub(crate) async fn start(
         &mut self,
-        vmm: &Qemu,
+        engine: &Engine,
         environment: &Environment,
-        vcpus: u8,
-        memory_mib: u32,
+        spec: &VmSpec,
     ) -> Result<StartTimes, Error> {
         let lease = self.lease.as_ref().ok_or_else(|| unavailable("the machine is gone"))?;
         let boot = Boot {
             dir: lease.dir.clone(),
             environment,
-            vcpus,
-            memory_mib,
+            vcpus: spec.vcpu_count,
+            memory_mib: spec.mem_mib,
             disk: DiskCache::Unsafe,
             identity: Identity::fresh(&lease.id)?,
         };
-        let (running, times) = Running::boot(vmm, &boot).await?;
+        let (running, times) = engine.boot(&boot, spec.require_isolation).await?;
         self.running = Some(running);
         Ok(times)
     }

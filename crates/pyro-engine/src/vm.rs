@@ -257,17 +257,23 @@ impl Engine {
         live: &mut Live,
     ) -> Result<StartTimes, Error> {
         let booted = match environment {
-            Some(environment) => live.start(&self.vmm()?, environment, spec.vcpu_count, spec.mem_mib).await,
+            Some(environment) => live.start(self, environment, spec).await,
             None => Err(unavailable("no VMM is installed")),
         };
         match booted {
             Ok(times) => {
-                "guest_serial".clone_into(&mut record.execution_mode);
+                if let Some(running) = live.running() {
+                    running.execution_mode.clone_into(&mut record.execution_mode);
+                    running.isolation.as_str().clone_into(&mut record.isolation);
+                    let confinement = running.machine.confinement().to_string();
+                    record.metadata.insert("confinement".to_owned(), confinement);
+                }
                 Ok(times)
             }
             Err(error) if may_use_host(spec, &error) => {
                 live.move_to_host()?;
                 "host_compat".clone_into(&mut record.execution_mode);
+                record.metadata.remove("confinement");
                 "none".clone_into(&mut record.isolation);
                 record.metadata.insert("host_compat_reason".to_owned(), error.to_string());
                 Ok(StartTimes::default())

@@ -1,7 +1,8 @@
 //! The initramfs: the agent as `/init`, and the modules that it loads first.
 //!
 //! Uncompressed, because loading it is cheaper than unpacking it. The agent finds `/modules/order`:
-//! one file name of `/modules` a line, to be loaded in this order.
+//! one file name of `/modules` a line, to be loaded in this order; and `/modules/order.vsock`, for a VMM whose channel
+//! is a virtio socket.
 
 use std::io::{self, Write};
 

@@ -12,6 +12,10 @@
 //!
 //! Whoever must signal a child later does so through its pidfd ([`Child::pidfd`]), never through a number.
 
+mod jail;
 mod spawn;
 
+pub use jail::{Bind, Jail, has_landlock};
+pub use rustix::process::Resource;
+pub use rustix::thread::UnshareFlags as Namespaces;
 pub use spawn::{Child, Spawn, output};

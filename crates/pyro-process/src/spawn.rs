@@ -12,6 +12,8 @@ use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 
 use rustix::process::{Pid, PidfdFlags, Signal};
 
+use crate::jail::{Jail, Prepared};
+
 /// A child process that is about to be started.
 ///
 /// The environment of the child is empty but for what [`Spawn::env`] adds; its working directory is always
@@ -20,6 +22,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 pub struct Spawn {
     command: Command,
     fds: Vec<(OwnedFd, RawFd)>,
+    jail: Option<Jail>,
 }
 
 /// Whether the child belongs to the process that starts it.
@@ -38,6 +41,8 @@ enum Bond {
 pub struct Child {
     inner: std::process::Child,
     pidfd: OwnedFd,
+    /// Whether the process is the warden of a jail.
+    jailed: bool,
 }
 
 impl Spawn {
@@ -45,7 +50,7 @@ impl Spawn {
     pub fn new(program: impl AsRef<OsStr>, cwd: &Path) -> Self {
         let mut command = Command::new(program);
         command.current_dir(cwd).env_clear().stdin(Stdio::null());
-        Self { command, fds: Vec::new() }
+        Self { command, fds: Vec::new(), jail: None }
     }
 
     /// Adds one argument.
@@ -97,6 +102,13 @@ impl Spawn {
         self
     }
 
+    /// Keeps the child apart from the host. What is waited for is then the child's warden, which ends as the child
+    /// has ended.
+    pub fn jail(&mut self, jail: Jail) -> &mut Self {
+        self.jail = Some(jail);
+        self
+    }
+
     /// Starts the child.
     ///
     /// # Errors
@@ -104,11 +116,12 @@ impl Spawn {
     /// another process.
     pub fn spawn(self) -> io::Result<Child> {
         let bond = Bond::Owned(rustix::process::getpid());
+        let jailed = self.jail.is_some();
         let inner = self.start(bond)?;
         let pid = Pid::from_child(&inner);
         // The child cannot have been reaped yet, so the number still names it.
         match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(pidfd) => Ok(Child { inner, pidfd }),
+            Ok(pidfd) => Ok(Child { inner, pidfd, jailed }),
             Err(error) => {
                 let mut unowned = inner;
                 drop(unowned.kill());
@@ -138,7 +151,8 @@ impl Spawn {
             .map(|(fd, number)| Ok((rustix::io::fcntl_dupfd_cloexec(fd, floor)?, *number)))
             .collect::<io::Result<Vec<_>>>()?;
         self.fds.clear();
-        let hook = move || prepare_child(bond, &moved);
+        let jail = self.jail.take().map(Jail::prepare).transpose()?;
+        let hook = move || prepare_child(bond, jail.as_ref(), &moved);
         // SAFETY: the hook makes system calls only; it neither allocates nor takes a lock.
         unsafe { self.command.pre_exec(hook) };
         on_spawner(self.command)
@@ -182,7 +196,22 @@ impl Child {
     /// # Errors
     /// When the kernel refuses.
     pub fn kill(&self) -> io::Result<()> {
-        self.signal(Signal::KILL)
+        self.signal(self.end_signal())
+    }
+
+    /// The signal that ends the child at once. A warden is told to end what it guards, so that its own end says that
+    /// this is gone.
+    pub fn end_signal(&self) -> Signal {
+        if self.jailed { Signal::TERM } else { Signal::KILL }
+    }
+
+    /// The number of the process that runs the program, for reports: in a jail it is not the child itself. None where
+    /// it has ended.
+    pub fn program(&self) -> Option<u32> {
+        if !self.jailed {
+            return Some(self.id());
+        }
+        only_child(self.id()).and_then(only_child)
     }
 
     /// The exit status if the child has ended, without waiting.
@@ -211,8 +240,13 @@ pub fn output(mut spawn: Spawn) -> io::Result<Output> {
     spawn.spawn()?.inner.wait_with_output()
 }
 
+fn only_child(pid: u32) -> Option<u32> {
+    let children = fs_err::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+    children.split_ascii_whitespace().next()?.parse().ok()
+}
+
 /// What the child does between fork and exec.
-fn prepare_child(bond: Bond, fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
+fn prepare_child(bond: Bond, jail: Option<&Prepared>, fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
     match bond {
         Bond::Owned(owner) => {
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
@@ -221,6 +255,10 @@ fn prepare_child(bond: Bond, fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
             }
         }
         Bond::Detached => detach()?,
+    }
+    if let Some(jail) = jail {
+        jail.enter()?;
+        jail.settle()?;
     }
     // Rust marks every descriptor close-on-exec, but a host program (an embedding Python, a shell) may not.
     // SAFETY: a system call on numbers; it closes nothing now, so the runtime's own pipe stays usable.

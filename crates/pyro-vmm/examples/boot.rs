@@ -37,6 +37,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         vcpus: 1,
         memory_mib: 512,
         kernel_args: Vec::new(),
+        savable: false,
     };
     for _ in 0..count {
         boot(&qemu, &spec).await?;
@@ -48,7 +49,7 @@ async fn boot(qemu: &Qemu, spec: &MachineSpec) -> Result<(), Box<dyn Error>> {
     let start = Instant::now();
     let machine = qemu.launch(spec).await?;
     let launched = start.elapsed();
-    let mut stream = machine.take_stream().ok_or("no stream")?;
+    let mut stream = machine.connect().await?;
     tokio::time::timeout(Duration::from_secs(60), stream.read_u8()).await??;
     let ready = start.elapsed();
     let memory = machine.memory_usage().unwrap_or_default() >> 20;

@@ -1,7 +1,7 @@
 //! Why a machine did not start, and why one did not obey.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::MachineExit;
@@ -30,6 +30,12 @@ pub enum LaunchError {
         #[source]
         source: io::Error,
     },
+    /// The host refused what was to confine the VMM.
+    #[error("the VMM could not be confined: {source}")]
+    Confine {
+        /// What the host said.
+        source: io::Error,
+    },
     /// The VMM ended before it had accepted its configuration.
     #[error("the VMM ended at once ({}): {}", exit.status, last_words(exit))]
     ExitedAtOnce {
@@ -43,6 +49,12 @@ pub enum LaunchError {
         #[source]
         source: ControlError,
     },
+    /// The VMM runs without something that was to keep it apart from the host; it was ended.
+    #[error("the VMM is not confined as it should be: it lacks {missing}")]
+    Unconfined {
+        /// What is missing, by name.
+        missing: String,
+    },
 }
 
 impl LaunchError {
@@ -52,16 +64,26 @@ impl LaunchError {
             Self::BinaryMissing { .. } => "vmm_missing",
             Self::BadSpec { .. } => "bad_machine_spec",
             Self::Spawn { .. } => "vmm_spawn_failed",
+            Self::Confine { .. } => "vmm_unconfined",
             Self::ExitedAtOnce { .. } => "vmm_exited",
             Self::Control { .. } => "vmm_unresponsive",
+            Self::Unconfined { .. } => "vmm_unconfined",
         }
     }
 
     /// What the user can do about it, where there is something.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::BinaryMissing { .. } => Some("install QEMU: apt-get install qemu-system-x86"),
+            Self::BinaryMissing { binary } if is_qemu(binary) => {
+                Some("install QEMU: apt-get install qemu-system-x86")
+            }
+            Self::BinaryMissing { .. } => Some("install it again: pyro env firecracker --from ARCHIVE"),
             Self::BadSpec { .. } => None,
+            Self::Unconfined { .. } => Some("run `pyro doctor`; this host's kernel does not keep a promise"),
+            Self::Confine { .. } => Some(
+                "allow user namespaces: sysctl kernel.unprivileged_userns_clone=1, \
+                 user.max_user_namespaces=1000, kernel.apparmor_restrict_unprivileged_userns=0; or run as root",
+            ),
             Self::Spawn { .. } => Some("check the limits on processes, open files and memory of this host"),
             Self::ExitedAtOnce { exit } if exit.stderr_tail.contains("Cannot allocate memory") => {
                 Some("free memory on this host, or ask for a smaller machine")
@@ -81,6 +103,9 @@ pub enum ControlError {
     /// The VMM process has ended.
     #[error("the VMM has ended")]
     Ended,
+    /// The one stream to the guest is in other hands.
+    #[error("the stream to the guest is taken")]
+    Taken,
     /// The control channel failed.
     #[error("the control channel failed")]
     Io(#[source] io::Error),
@@ -104,6 +129,10 @@ pub enum ControlError {
         /// How long it was waited for.
         after: Duration,
     },
+}
+
+fn is_qemu(binary: &Path) -> bool {
+    binary.file_name().is_some_and(|name| name.to_string_lossy().starts_with("qemu"))
 }
 
 /// The end of what it said: QEMU puts the cause and its advice on lines of their own.

@@ -3,13 +3,17 @@
 //! This crate moves bytes and does not know what they mean: a [`Machine`] gives the byte stream to the guest,
 //! the end of the VMM process, and the means to end it. What runs in the guest is its caller's business.
 //!
-//! - [`Vmm`] is one way to get a machine; [`Qemu`] is the driver that exists.
+//! - [`Vmm`] is one way to get a machine; [`Firecracker`] and [`Qemu`] are the drivers, [`Driver`] is one of them.
 //! - [`host`] tells what this host can do: whether its KVM works, the rate of its TSC, which QEMU it has.
 //!
 //! No machine outlives the process that launched it, none outlives its [`Machine`], and neither the guest nor
 //! the VMM can make this process hold more than a fixed number of their bytes.
 
+mod confinement;
+mod control;
+mod driver;
 mod error;
+mod firecracker;
 pub mod host;
 mod machine;
 mod process;
@@ -18,11 +22,14 @@ mod spec;
 mod tail;
 mod watch;
 
+pub use confinement::{Confinement, Element};
+pub use driver::Driver;
 pub use error::{ControlError, LaunchError};
+pub use firecracker::{Confine, Firecracker, FirecrackerConfig, forget, source};
 pub use machine::{Machine, MachineEnd, MachineExit};
 pub use qemu::qmp;
 pub use qemu::{Accel, Qemu, QemuConfig};
-pub use spec::{BackendKind, Capabilities, DiskCache, Isolation, MachineSpec};
+pub use spec::{BackendKind, Capabilities, Channel, DiskCache, Isolation, MachineSpec, Snapshot, VSOCK_PORT};
 
 /// One way to run a microVM: a VMM program with its settings.
 pub trait Vmm: Send + Sync {
@@ -37,4 +44,18 @@ pub trait Vmm: Send + Sync {
     /// # Errors
     /// See [`LaunchError`].
     fn launch(&self, spec: &MachineSpec) -> impl Future<Output = Result<Machine, LaunchError>> + Send;
+
+    /// Starts a machine that goes on where a snapshot was taken; it resolves when the guest runs.
+    ///
+    /// The spec is that of the saved machine, with a directory and a copy of the overlay disk of its own; kernel and
+    /// initramfs are not used. What was an open stream in the saved machine is broken; the guest has to be given a new
+    /// identity before it does anything.
+    ///
+    /// # Errors
+    /// See [`LaunchError`].
+    fn restore(
+        &self,
+        spec: &MachineSpec,
+        from: &Snapshot,
+    ) -> impl Future<Output = Result<Machine, LaunchError>> + Send;
 }

@@ -6,26 +6,22 @@
 //!                 └──► ended ◄─┘     powered off | killed | panicked | crashed; for good
 //! ```
 
-use std::pin::Pin;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot};
 
+use crate::confinement::Confinement;
+use crate::control::Control;
 use crate::error::ControlError;
 use crate::process::VmmProcess;
-use crate::qmp::Qmp;
-
-/// A control command on its way to the task that owns the control channel.
-type Job = Box<dyn for<'a> FnOnce(&'a mut Qmp) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>> + Send>;
+use crate::spec::Snapshot;
 
 /// How long the VMM may take to answer a control command. It answers in milliseconds; a busy host may not.
 const CONTROL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long it may take to save a machine: all of the guest's memory may have to be written.
+const SAVE_DEADLINE: Duration = Duration::from_secs(120);
 /// How long the VMM may take to quit by itself before it is killed.
 const QUIT_DEADLINE: Duration = Duration::from_secs(2);
-/// Control commands that may wait for their turn.
-const JOBS: usize = 4;
 
 /// A running machine.
 ///
@@ -34,8 +30,8 @@ const JOBS: usize = 4;
 #[derive(Debug)]
 pub struct Machine {
     process: VmmProcess,
-    stream: Mutex<Option<UnixStream>>,
-    control: mpsc::Sender<Job>,
+    confinement: Confinement,
+    control: Box<dyn Control>,
 }
 
 /// Why a machine has ended.
@@ -77,20 +73,29 @@ pub struct MachineExit {
 }
 
 impl Machine {
-    pub(crate) fn new(process: VmmProcess, stream: UnixStream, control: Qmp) -> Self {
-        let (jobs, to_do) = mpsc::channel(JOBS);
-        drop(tokio::spawn(attend(control, to_do)));
-        Self { process, stream: Mutex::new(Some(stream)), control: jobs }
+    pub(crate) fn new(process: VmmProcess, confinement: Confinement, control: Box<dyn Control>) -> Self {
+        Self { process, confinement, control }
     }
 
-    /// The byte stream to the guest, once.
+    /// A byte stream to the guest. On a [`Channel::Serial`](crate::Channel::Serial) there is one, which belongs to the
+    /// runtime that launched the machine; on a [`Channel::Vsock`](crate::Channel::Vsock) each is new, and it is waited
+    /// for until the guest listens.
     ///
-    /// It is this process's end of a socket pair and belongs to the runtime that launched the machine.
-    pub fn take_stream(&self) -> Option<UnixStream> {
-        self.stream.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// # Errors
+    /// When the machine has ended, or the one stream is taken.
+    pub async fn connect(&self) -> Result<UnixStream, ControlError> {
+        tokio::select! {
+            connected = self.control.connect() => connected,
+            _ = self.process.wait() => Err(ControlError::Ended),
+        }
     }
 
-    /// The number of the VMM process.
+    /// What the VMM process was found to be kept apart by.
+    pub fn confinement(&self) -> &Confinement {
+        &self.confinement
+    }
+
+    /// The number of the VMM process itself.
     pub fn pid(&self) -> u32 {
         self.process.pid()
     }
@@ -120,8 +125,7 @@ impl Machine {
         }
         self.process.note_quit();
         let quit = async {
-            let asked = self.ask(|qmp| Box::pin(qmp.quit())).await;
-            if matches!(asked, Ok(()) | Err(ControlError::Ended)) {
+            if matches!(self.control.quit().await, Ok(()) | Err(ControlError::Ended)) {
                 self.wait().await;
             }
         };
@@ -135,7 +139,7 @@ impl Machine {
     /// # Errors
     /// When the machine has ended or its VMM does not obey.
     pub async fn pause(&self) -> Result<(), ControlError> {
-        self.ask(|qmp| Box::pin(async { qmp.execute(&qapi_qmp::stop {}).await.map(drop) })).await
+        within(CONTROL_DEADLINE, self.control.pause()).await
     }
 
     /// Lets the virtual processors run on.
@@ -143,7 +147,17 @@ impl Machine {
     /// # Errors
     /// When the machine has ended or its VMM does not obey.
     pub async fn resume(&self) -> Result<(), ControlError> {
-        self.ask(|qmp| Box::pin(async { qmp.execute(&qapi_qmp::cont {}).await.map(drop) })).await
+        within(CONTROL_DEADLINE, self.control.resume()).await
+    }
+
+    /// Saves a machine that was launched as savable, into files of its own directory. It stays paused. Who resumes it
+    /// gives up the files: they are its memory, or will be overwritten.
+    ///
+    /// # Errors
+    /// When the machine has ended or its VMM does not obey, as for want of room.
+    pub async fn save(&self) -> Result<Snapshot, ControlError> {
+        self.pause().await?;
+        within(SAVE_DEADLINE, self.control.save()).await
     }
 
     /// The last lines of the serial console, safe to show; the guest chose these words.
@@ -155,49 +169,14 @@ impl Machine {
     pub fn memory_usage(&self) -> Option<u64> {
         self.process.memory_usage()
     }
-
-    /// Has a control command executed, and waits for its answer.
-    async fn ask<T: Send + 'static>(
-        &self,
-        command: impl for<'a> FnOnce(
-            &'a mut Qmp,
-        )
-            -> Pin<Box<dyn Future<Output = Result<T, ControlError>> + Send + 'a>>
-        + Send
-        + 'static,
-    ) -> Result<T, ControlError> {
-        let (answer, answered) = oneshot::channel();
-        let job: Job = Box::new(move |qmp| {
-            Box::pin(async move {
-                // Whoever asked may not wait any more.
-                answer.send(command(qmp).await).ok();
-            })
-        });
-        let asked = async {
-            self.control.send(job).await.map_err(|_gone| ControlError::Ended)?;
-            answered.await.unwrap_or(Err(ControlError::Ended))
-        };
-        match tokio::time::timeout(CONTROL_DEADLINE, asked).await {
-            Ok(result) => result,
-            Err(_elapsed) => Err(ControlError::Timeout { after: CONTROL_DEADLINE }),
-        }
-    }
 }
 
-/// Executes commands one after another, and reads what the VMM tells in between: it keeps in memory whatever nobody
-/// reads, and a guest can make it tell much.
-async fn attend(mut control: Qmp, mut jobs: mpsc::Receiver<Job>) {
-    loop {
-        tokio::select! {
-            job = jobs.recv() => match job {
-                Some(job) => job(&mut control).await,
-                None => return,
-            },
-            told = control.skip() => {
-                if told.is_err() {
-                    return;
-                }
-            }
-        }
+async fn within<T>(
+    deadline: Duration,
+    answer: impl Future<Output = Result<T, ControlError>>,
+) -> Result<T, ControlError> {
+    match tokio::time::timeout(deadline, answer).await {
+        Ok(result) => result,
+        Err(_elapsed) => Err(ControlError::Timeout { after: deadline }),
     }
 }

@@ -1,15 +1,21 @@
 //! The VMM process as its owner sees it: who it is, how to signal it, how it ended.
 
+use std::any::Any;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyro_process::Child;
 use rustix::process::Signal;
 
+use crate::error::{ControlError, LaunchError};
 use crate::machine::{MachineEnd, MachineExit};
 pub(crate) use crate::watch::Streams;
 use crate::watch::{self, ExitReceiver, Watched};
+
+/// How long the end of a VMM is waited for that has closed its control channel.
+const EXIT_GRACE: Duration = Duration::from_secs(2);
 
 /// A running VMM. Dropping it kills the process at once and leaves the reaping to its thread.
 #[derive(Debug)]
@@ -18,19 +24,22 @@ pub(crate) struct VmmProcess {
     start_time: u64,
     /// Signals go through this, so that they can hit no other process.
     pidfd: OwnedFd,
+    end_signal: Signal,
     watched: Arc<Watched>,
     exit: ExitReceiver,
 }
 
 impl VmmProcess {
-    /// Takes over a child that was just started. On failure the child is ended and reaped.
-    pub(crate) fn new(child: Child, streams: Streams) -> io::Result<Self> {
+    /// Takes over a child that was just started, and what must stay as long as it. On failure the child is ended and
+    /// reaped.
+    pub(crate) fn new(child: Child, streams: Streams, kept: Box<dyn Any + Send>) -> io::Result<Self> {
         let child = watch::Reaper::new(child);
-        let pid = child.id();
+        let pid = child.program().unwrap_or_else(|| child.id());
         let pidfd = child.pidfd().try_clone_to_owned()?;
+        let end_signal = child.end_signal();
         let start_time = process_start_time(pid).unwrap_or_default();
-        let (watched, exit) = watch::start(child, streams)?;
-        Ok(Self { pid, start_time, pidfd, watched, exit })
+        let (watched, exit) = watch::start(child, streams, kept)?;
+        Ok(Self { pid, start_time, pidfd, end_signal, watched, exit })
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -68,7 +77,19 @@ impl VmmProcess {
     pub(crate) fn kill(&self) {
         self.watched.note_kill();
         // It fails only when the process has ended already.
-        rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL).ok();
+        rustix::process::pidfd_send_signal(&self.pidfd, self.end_signal).ok();
+    }
+
+    /// Why a VMM that did not take its configuration did not; it has ended when this returns.
+    pub(crate) async fn refused(self, source: ControlError) -> LaunchError {
+        if matches!(source, ControlError::Ended)
+            && let Ok(exit) = tokio::time::timeout(EXIT_GRACE, self.wait()).await
+        {
+            return LaunchError::ExitedAtOnce { exit: Box::new(exit) };
+        }
+        self.kill();
+        self.wait().await;
+        LaunchError::Control { source }
     }
 
     pub(crate) fn memory_usage(&self) -> Option<u64> {

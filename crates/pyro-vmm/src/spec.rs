@@ -14,18 +14,41 @@ const KERNEL_ARGS_MAX: usize = 1200;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum BackendKind {
+    /// `firecracker`.
+    Firecracker,
     /// `qemu-system-x86_64` with the `microvm` machine.
     Qemu,
 }
 
 impl BackendKind {
+    /// All of them, the strongest first.
+    pub const ALL: [Self; 2] = [Self::Firecracker, Self::Qemu];
+
     /// The name that users and records see.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Firecracker => "firecracker",
             Self::Qemu => "qemu",
         }
     }
+
+    /// The kind with this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == name)
+    }
 }
+
+/// What carries the bytes between host and guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Channel {
+    /// One virtio-serial port, which the guest finds by its name, `agent`.
+    Serial,
+    /// A virtio socket: the guest listens at [`VSOCK_PORT`].
+    Vsock,
+}
+
+/// Where a guest on [`Channel::Vsock`] listens.
+pub const VSOCK_PORT: u32 = 5005;
 
 /// How strongly a machine is kept apart from the host; a stronger tier is greater.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -73,6 +96,17 @@ pub struct Capabilities {
     pub snapshot: bool,
     /// The most virtual processors that a machine may have.
     pub max_vcpus: u8,
+    /// How host and guest talk.
+    pub channel: Channel,
+}
+
+/// A saved machine: two files that belong together. A copy of its overlay disk as of that moment belongs to them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The state of processors and devices.
+    pub state: PathBuf,
+    /// The guest's memory; sparse.
+    pub memory: PathBuf,
 }
 
 /// How the host caches writes to the overlay disk.
@@ -107,8 +141,10 @@ pub struct MachineSpec {
     pub vcpus: u8,
     /// Guest memory.
     pub memory_mib: u32,
-    /// Kernel command-line arguments, one each, after those of the driver.
+    /// Kernel command-line arguments, one each, after those of the driver. A restored machine has had its own.
     pub kernel_args: Vec<String>,
+    /// Whether it is going to be saved: what that takes may have to be there from the start.
+    pub savable: bool,
 }
 
 impl MachineSpec {
@@ -179,9 +215,15 @@ mod tests {
             vcpus: 1,
             memory_mib: 512,
             kernel_args: vec!["quiet".to_owned()],
+            savable: false,
         };
-        let capabilities =
-            Capabilities { isolation: Isolation::QemuTcg, pause: true, snapshot: false, max_vcpus: 4 };
+        let capabilities = Capabilities {
+            isolation: Isolation::QemuTcg,
+            pause: true,
+            snapshot: false,
+            max_vcpus: 4,
+            channel: Channel::Serial,
+        };
         good.validate(capabilities).expect("a good spec");
         let bad = [
             (MachineSpec { vcpus: 0, ..good.clone() }, "0 vCPUs"),

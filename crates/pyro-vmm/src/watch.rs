@@ -4,6 +4,7 @@
 //! that launched it. It ends with the VMM process and with nothing else, so dropping a machine needs only the
 //! kill.
 
+use std::any::Any;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -48,6 +49,8 @@ const ENDING_KILL: u8 = 2;
 pub(crate) struct Streams {
     pub(crate) console: OwnedFd,
     pub(crate) stderr: OwnedFd,
+    /// Where else the VMM writes its own words.
+    pub(crate) log: Option<OwnedFd>,
 }
 
 pub(crate) type ExitReceiver = watch::Receiver<Option<Arc<MachineExit>>>;
@@ -107,7 +110,13 @@ impl Watched {
 }
 
 /// Starts the thread.
-pub(crate) fn start(child: Reaper, streams: Streams) -> io::Result<(Arc<Watched>, ExitReceiver)> {
+///
+/// `kept` is what must stay for as long as the VMM lives; it is dropped when the VMM is reaped, before anybody is told.
+pub(crate) fn start(
+    child: Reaper,
+    streams: Streams,
+    kept: Box<dyn Any + Send>,
+) -> io::Result<(Arc<Watched>, ExitReceiver)> {
     let watched = Arc::new(Watched {
         console: Mutex::new(Tail::new(CONSOLE_BYTES)),
         stderr: Mutex::new(Tail::new(STDERR_BYTES)),
@@ -118,6 +127,7 @@ pub(crate) fn start(child: Reaper, streams: Streams) -> io::Result<(Arc<Watched>
     let thread = move || {
         drain_until_end(&child, &streams, &shared);
         let status = child.reap();
+        drop(kept);
         sender.send_replace(Some(Arc::new(shared.exit(status))));
     };
     // A refused thread drops the closure, and with it the child.
@@ -159,8 +169,11 @@ impl Drop for Reaper {
 
 /// Reads both streams until the VMM has ended and what it left in them is read.
 fn drain_until_end(child: &Child, streams: &Streams, watched: &Watched) {
-    let mut sources =
-        [(Some(streams.console.as_fd()), &watched.console), (Some(streams.stderr.as_fd()), &watched.stderr)];
+    let mut sources = [
+        (Some(streams.console.as_fd()), &watched.console),
+        (Some(streams.stderr.as_fd()), &watched.stderr),
+        (streams.log.as_ref().map(AsFd::as_fd), &watched.stderr),
+    ];
     for (fd, _) in &sources {
         // A stream that cannot be made non-blocking would hang this thread: it is better not read at all.
         if fd.is_some_and(|fd| rustix::io::ioctl_fionbio(fd, true).is_err()) {

@@ -53,6 +53,7 @@ impl Fake {
             vcpus: 1,
             memory_mib: 128,
             kernel_args: Vec::new(),
+            savable: false,
         }
     }
 
@@ -247,8 +248,8 @@ async fn any_number_of_tasks_may_wait() {
             tokio::spawn(async move { machine.wait().await })
         })
         .collect();
-    let mut stream = machine.take_stream().expect("the stream");
-    assert!(machine.take_stream().is_none(), "once");
+    let mut stream = machine.connect().await.expect("the stream");
+    assert!(matches!(machine.connect().await, Err(ControlError::Taken)), "once");
     stream.write_all(b"go\n").await.expect("sent");
     for waiter in waiters {
         assert!(waiter.await.expect("no panic").status.contains("exit status: 5"));
@@ -258,7 +259,7 @@ async fn any_number_of_tasks_may_wait() {
 #[tokio::test]
 async fn the_stream_carries_bytes_both_ways_and_ends_with_the_vmm() {
     let machine = Fake::accepting("cat <&3 >&3; exit 0").machine().await;
-    let stream = machine.take_stream().expect("the stream");
+    let stream = machine.connect().await.expect("the stream");
     let (mut read, mut write) = stream.into_split();
     let sent: Vec<u8> = (0..1_000_000_u32).map(|i| i.to_le_bytes()[0] ^ i.to_le_bytes()[1]).collect();
     let expected = sent.clone();

@@ -56,13 +56,14 @@ impl Bench {
             vcpus: 1,
             memory_mib: 256,
             kernel_args: Vec::new(),
+            savable: false,
         };
         Some(Self { dir, qemu: Qemu::new(config), spec })
     }
 
     async fn boot(&self) -> Guest {
         let machine = self.qemu.launch(&self.spec).await.expect("launched");
-        let mut stream = machine.take_stream().expect("the stream");
+        let mut stream = machine.connect().await.expect("the stream");
         let first = tokio::time::timeout(BOOT_DEADLINE, stream.read_u8()).await;
         let first = first.unwrap_or_else(|_| panic!("no boot: {}", machine.console_tail()));
         assert_eq!(first.expect("a byte"), b'R', "{}", machine.console_tail());

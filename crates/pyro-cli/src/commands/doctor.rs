@@ -40,7 +40,21 @@ fn lines(found: &Diagnosis) -> Vec<String> {
         format!("Isolation: {}{}", found.isolation, caveat(&found.isolation)),
         found.vmm.as_ref().map_or_else(
             || "VMM: none".to_owned(),
-            |vmm| format!("VMM: {} {} ({}) sandbox={}", vmm.name, vmm.version, vmm.binary, word(vmm.sandbox)),
+            |vmm| {
+                let (name, version, binary) = (&vmm.name, &vmm.version, &vmm.binary);
+                format!(
+                    "VMM: {name} {version} ({binary}) sandbox={} confine={}",
+                    word(vmm.sandbox),
+                    vmm.confine
+                )
+            },
+        ),
+        found.firecracker.as_ref().map_or_else(
+            || "Firecracker: not installed (pyro env firecracker --from ARCHIVE installs it)".to_owned(),
+            |found| {
+                let jailer = word(found.jailer.is_some());
+                format!("Firecracker: {} ({}, {}) jailer={jailer}", found.version, found.binary, found.origin)
+            },
         ),
         format!(
             "Environment cache: {} installed={} free={}",

@@ -1,8 +1,9 @@
 //! `pyro env`: the environments.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use pyro_engine::{Engine, Observer, Phase, VERSION};
+use pyro_engine::{Engine, FIRECRACKER_VERSION, Observer, Phase, VERSION};
 use serde_json::json;
 
 use crate::cli::EnvVerb;
@@ -17,6 +18,7 @@ pub(crate) async fn run(verb: EnvVerb, printer: &Printer) -> Result<ExitCode, Fa
         EnvVerb::Pull(args) => pull(&engine, &args.environment, printer).await?,
         EnvVerb::Inspect(args) => inspect(&engine, &args.environment, printer)?,
         EnvVerb::Prune(_) => prune(&engine, printer)?,
+        EnvVerb::Firecracker(args) => firecracker(&engine, args.from, printer).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -57,6 +59,20 @@ fn inspect(engine: &Engine, name: &str, printer: &Printer) -> Result<(), Failure
     let inspection = engine.environments().inspect(name).map_err(pyro_engine::Error::from)?;
     // The object is the human form too: it is a list of facts.
     printer.object(&inspection);
+    Ok(())
+}
+
+async fn firecracker(engine: &Engine, from: Option<PathBuf>, printer: &Printer) -> Result<(), Failure> {
+    let found = engine.install_firecracker(from).await?;
+    if printer.json() {
+        printer.object(&json!({
+            "firecracker": found.firecracker,
+            "jailer": found.jailer,
+            "version": FIRECRACKER_VERSION,
+        }));
+    } else {
+        printer.data(&format!("Firecracker {FIRECRACKER_VERSION}: {}", found.firecracker.display()));
+    }
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 //! All tests share the environments in the target directory, which the first one builds; each has a state
 //! directory of its own, so that the cap of one is not another's.
 
+mod backend;
 mod chaos;
 mod doctor;
 mod failures;

@@ -428,7 +428,10 @@ fn make_directories(state_dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Removes a machine's directory, in the trash by now, and what a VMM may have left outside of it. A VMM whose owner has
+/// just been killed may still be dying: then it stays for the next sweep.
 fn remove_tree(path: &Path) -> io::Result<()> {
+    pyro_vmm::forget(path)?;
     match fs_err::remove_dir_all(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,

@@ -131,6 +131,8 @@ impl Registry {
             self.take_out(id)?;
             return Err(self.missing("task", id));
         }
+        // Where its VMM is still dying, its next start or its end does it.
+        drop(pyro_vmm::forget(directory.path()));
         directory.journal().interrupt_all(file.has_rebooted()).map_err(failed)?;
         let (is_lost, has_rebooted) = (file.note_lost_supervisor(), file.note_reboot());
         if is_lost || has_rebooted {

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use pyro_vmm::{DiskCache, Isolation, MachineEnd, MachineExit, Vmm};
+use pyro_vmm::{DiskCache, Isolation, MachineEnd, MachineExit};
 
 use super::Supervisor;
 use crate::error::{Error, ErrorKind};
@@ -25,11 +25,15 @@ impl Supervisor {
     /// Boots the guest and says so in the record.
     pub(super) async fn boot(self: &Arc<Self>) -> Result<(), Error> {
         let (body, mode) = match self.boot_guest().await {
-            Ok(running) => (Body::Guest(Arc::new(running)), "guest_serial"),
+            Ok(running) => {
+                let mode = running.execution_mode;
+                (Body::Guest(Arc::new(running)), mode)
+            }
             Err(error) if error.kind() == ErrorKind::GuestUnavailable && self.file().allow_host_compat => {
                 self.make_workspace()?;
                 let reason = error.to_string();
                 self.file().metadata.insert("host_compat_reason".to_owned(), reason);
+                self.file().metadata.remove("confinement");
                 "none".clone_into(&mut self.file().isolation);
                 (Body::Host, "host_compat")
             }
@@ -74,9 +78,10 @@ impl Supervisor {
             disk: DiskCache::Writeback,
             identity: Identity { hostname: format!("pyro-{}", self.id), machine_id: file.machine_id.clone() },
         };
-        let vmm = self.engine.vmm()?;
-        let isolation = vmm.capabilities().isolation;
-        if let Some(required) = file.require_isolation.as_deref()
+        let isolation = self.engine.isolation()?;
+        // A name that this version does not know is more than it can give.
+        let required = file.require_isolation.as_deref();
+        if let Some(required) = required
             && Isolation::named(required).is_none_or(|required| isolation < required)
         {
             let text = format!("isolation '{required}' was required; this host gives '{isolation}'");
@@ -84,9 +89,11 @@ impl Supervisor {
                 Error::new(ErrorKind::IsolationUnavailable, text).hint("run `pyro doctor` to see why")
             );
         }
-        let (running, _times) = Running::boot(&vmm, &boot).await?;
+        let (running, _times) = self.engine.boot(&boot, required.and_then(Isolation::named)).await?;
         self.file().metadata.remove("host_compat_reason");
-        isolation.as_str().clone_into(&mut self.file().isolation);
+        running.isolation.as_str().clone_into(&mut self.file().isolation);
+        let confinement = running.machine.confinement().to_string();
+        self.file().metadata.insert("confinement".to_owned(), confinement);
         Ok(running)
     }
 

@@ -41,7 +41,7 @@ impl Supervisor {
         let body = self.body().clone();
         let mode = match &body {
             Body::None => return Err(not_started(&self.id)),
-            Body::Guest(_) => "guest_serial",
+            Body::Guest(running) => running.execution_mode,
             Body::Host => "host_compat",
         };
         let (progress, watched) = watch::channel(Progress::default());

@@ -80,6 +80,8 @@ pub struct Pulled {
     pub entry: Entry,
     /// The kernel.
     pub kernel_image: PathBuf,
+    /// The initramfs that goes with it.
+    pub initramfs_image: PathBuf,
     /// The root file system.
     pub rootfs_image: PathBuf,
     /// `debian-packages` when it was built now, `cache` when it was there.

@@ -62,6 +62,7 @@ impl Store {
         Ok(Pulled {
             entry: self.entry(definition)?,
             kernel_image: environment.kernel.clone(),
+            initramfs_image: environment.initramfs.clone(),
             rootfs_image: environment.rootfs.clone(),
             source: if built { SOURCE } else { "cache" }.to_owned(),
         })

@@ -182,11 +182,16 @@ impl Store {
         let read = |name: &str| -> std::io::Result<ModuleFile> {
             Ok(ModuleFile { name: name.to_owned(), bytes: files::read_bounded(&directory.join(name), MOST)? })
         };
-        // What no guest has a use for yet stays out: the kernel unpacks every byte of it in every boot.
-        let (list, _) = kernel::LISTS[0];
-        let order = read(list)?;
-        let names = String::from_utf8_lossy(&order.bytes).into_owned();
-        let modules = names.lines().map(read).chain([Ok(order)]).collect::<std::io::Result<Vec<_>>>()?;
+        // No guest has a network: its modules stay out, because the kernel unpacks every byte in every boot.
+        let mut modules = Vec::new();
+        for (list, _) in kernel::LISTS.iter().filter(|(list, _)| *list != kernel::NETWORK) {
+            let order = read(list)?;
+            let names = String::from_utf8_lossy(&order.bytes).into_owned();
+            for name in names.lines() {
+                modules.push(read(name)?);
+            }
+            modules.push(order);
+        }
         initramfs::build(&self.config.0.agent, &modules)
     }
 }

@@ -38,6 +38,20 @@ impl HostFacts {
         Self::load_for(cache_file, Path::new(KVM_DEVICE))
     }
 
+    /// Notes that a guest did not boot on a KVM that was found usable: it is not believed for some minutes.
+    pub fn distrust_kvm(cache_file: &Path, why: &str) {
+        Self::distrust_kvm_at(cache_file, Path::new(KVM_DEVICE), why);
+    }
+
+    fn distrust_kvm_at(cache_file: &Path, kvm_device: &Path, why: &str) {
+        let mut facts = Self::load_for(cache_file, kvm_device);
+        facts.kvm.usable = false;
+        facts.kvm.why = format!("a guest did not boot on it: {why}");
+        let mut cache = Cache::read(cache_file);
+        cache.host = Some(Host { facts, kvm_key: KvmKey::of(kvm_device), found_at: now() });
+        cache.write(cache_file);
+    }
+
     fn load_for(cache_file: &Path, kvm_device: &Path) -> Self {
         let boot_id = boot_id();
         let key = KvmKey::of(kvm_device);
@@ -183,6 +197,20 @@ mod tests {
         cache.host.as_mut().expect("planted").found_at -= UNUSABLE_SECONDS + 1;
         cache.write(&path);
         assert_ne!(HostFacts::load_for(&path, &dir.path().join("kvm")).kvm.why, "planted");
+    }
+
+    #[test]
+    fn a_kvm_that_boots_no_guest_is_not_believed_for_a_while() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = planted(dir.path());
+        let device = dir.path().join("kvm");
+        let mut cache = Cache::read(&path);
+        cache.host.as_mut().expect("planted").facts.kvm.usable = true;
+        cache.write(&path);
+        assert!(HostFacts::load_for(&path, &device).kvm.usable);
+        HostFacts::distrust_kvm_at(&path, &device, "no answer");
+        let kvm = HostFacts::load_for(&path, &device).kvm;
+        assert_eq!((kvm.usable, kvm.why.as_str()), (false, "a guest did not boot on it: no answer"));
     }
 
     #[test]

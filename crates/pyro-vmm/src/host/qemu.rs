@@ -1,4 +1,4 @@
-//! Which QEMU this host has.
+//! Which QEMU this host has, and which versions its VMMs are.
 
 use std::ffi::OsStr;
 use std::io;
@@ -28,7 +28,7 @@ pub struct QemuVersion {
 
 /// Why the version of a QEMU is not known.
 #[derive(Debug, thiserror::Error)]
-pub enum QemuVersionError {
+pub enum VersionError {
     /// The program could not be run.
     #[error("cannot run {}", binary.display())]
     Run {
@@ -67,8 +67,29 @@ pub fn find_qemu(search_path: &OsStr) -> Option<PathBuf> {
 ///
 /// # Errors
 /// When it cannot be run, or does not say a version.
-pub fn qemu_version(binary: &Path, cache_file: &Path) -> Result<QemuVersion, QemuVersionError> {
-    let run_error = |source| QemuVersionError::Run { binary: binary.to_owned(), source };
+pub fn qemu_version(binary: &Path, cache_file: &Path) -> Result<QemuVersion, VersionError> {
+    remembered(binary, cache_file, ask_version)
+}
+
+/// As [`qemu_version`], for Firecracker.
+///
+/// # Errors
+/// When it cannot be run, or does not say a version.
+pub fn firecracker_version(binary: &Path, cache_file: &Path) -> Result<String, VersionError> {
+    let ask = |binary: &Path| {
+        let (_, answer) = run(binary, &["--version"])?;
+        let version = answer.strip_prefix("Firecracker v").and_then(plausible);
+        Ok(version.map(|version| QemuVersion { version, sandbox: true }))
+    };
+    remembered(binary, cache_file, ask).map(|found| found.version)
+}
+
+fn remembered(
+    binary: &Path,
+    cache_file: &Path,
+    ask: impl Fn(&Path) -> io::Result<Option<QemuVersion>>,
+) -> Result<QemuVersion, VersionError> {
+    let run_error = |source| VersionError::Run { binary: binary.to_owned(), source };
     let metadata = fs_err::metadata(binary).map_err(run_error)?;
     let key = BinaryKey {
         path: binary.to_owned(),
@@ -79,8 +100,8 @@ pub fn qemu_version(binary: &Path, cache_file: &Path) -> Result<QemuVersion, Qem
     if let Some(version) = cache.qemu_version(&key) {
         return Ok(version);
     }
-    let version = ask_version(binary).map_err(run_error)?;
-    let version = version.ok_or_else(|| QemuVersionError::NoVersion { binary: binary.to_owned() })?;
+    let version = ask(binary).map_err(run_error)?;
+    let version = version.ok_or_else(|| VersionError::NoVersion { binary: binary.to_owned() })?;
     cache.set_qemu_version(key, version.clone());
     cache.write(cache_file);
     Ok(version)
@@ -97,7 +118,12 @@ fn ask_version(binary: &Path) -> io::Result<Option<QemuVersion>> {
 }
 
 fn parse_version(answer: &str) -> Option<String> {
-    let version = answer.split_once("version ")?.1.split_whitespace().next()?;
+    plausible(answer.split_once("version ")?.1)
+}
+
+/// The first word, where it can be a version.
+fn plausible(text: &str) -> Option<String> {
+    let version = text.split_whitespace().next()?;
     let plausible = version.starts_with(|c: char| c.is_ascii_digit())
         && version.len() <= 40
         && version.chars().all(|c| c.is_ascii_alphanumeric() || ".-+~_".contains(c));
@@ -177,11 +203,11 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let cache = dir.path().join("cache.json");
         let binary = script(dir.path(), "echo hello");
-        assert!(matches!(qemu_version(&binary, &cache), Err(QemuVersionError::NoVersion { .. })));
+        assert!(matches!(qemu_version(&binary, &cache), Err(VersionError::NoVersion { .. })));
         let binary = script(dir.path(), "exec yes");
-        assert!(matches!(qemu_version(&binary, &cache), Err(QemuVersionError::Run { .. })));
+        assert!(matches!(qemu_version(&binary, &cache), Err(VersionError::Run { .. })));
         let missing = dir.path().join("missing");
-        assert!(matches!(qemu_version(&missing, &cache), Err(QemuVersionError::Run { .. })));
+        assert!(matches!(qemu_version(&missing, &cache), Err(VersionError::Run { .. })));
     }
 
     #[test]

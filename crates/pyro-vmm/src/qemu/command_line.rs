@@ -6,8 +6,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Accel, QemuConfig};
-use crate::spec::{DiskCache, MachineSpec};
+use super::{Accel, MEMORY, QemuConfig};
+use crate::spec::{DiskCache, MachineSpec, Snapshot};
 
 /// The numbers under which QEMU gets its ends of the socket pairs.
 pub(super) const CHANNEL_FD: RawFd = 3;
@@ -66,19 +66,33 @@ const KERNEL_ARGS_TCG: &[&str] = &[
     "lsm=",
 ];
 
-/// All arguments after the program's name.
-pub(super) fn arguments(config: &QemuConfig, spec: &MachineSpec) -> Vec<OsString> {
+/// All arguments after the program's name, for a boot or the restoring of a snapshot.
+pub(super) fn arguments(config: &QemuConfig, spec: &MachineSpec, from: Option<&Snapshot>) -> Vec<OsString> {
     let mut args = Arguments(Vec::new());
     args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot");
     args.option("-display", "none").option("-name", name(&spec.dir));
     if config.sandbox {
         args.option("-sandbox", SANDBOX);
     }
-    args.option("-M", MACHINE).option("-accel", accelerator(config.accel, spec.vcpus));
+    // Memory in a file need not be saved: whoever restores the machine maps the file, and keeps its changes private.
+    let memory = match from {
+        Some(snapshot) => Some((snapshot.memory.as_path(), false)),
+        None => spec.savable.then_some((Path::new(MEMORY), true)),
+    };
+    if let Some((path, share)) = memory {
+        args.option("-object", memory_file(path, spec.memory_mib, share).to_string());
+    }
+    let backend = if memory.is_some() { ",memory-backend=memory" } else { "" };
+    args.option("-M", format!("{MACHINE}{backend}"));
+    args.option("-accel", accelerator(config.accel, spec.vcpus));
     args.option("-cpu", if config.accel == Accel::Kvm { "host" } else { TCG_CPU });
     args.option("-m", spec.memory_mib.to_string()).option("-smp", spec.vcpus.to_string());
-    args.option("-kernel", &spec.kernel).option("-initrd", &spec.initramfs);
-    args.option("-append", kernel_command_line(config.accel, spec));
+    if from.is_some() {
+        args.option("-incoming", "defer");
+    } else {
+        args.option("-kernel", &spec.kernel).option("-initrd", &spec.initramfs);
+        args.option("-append", kernel_command_line(config.accel, spec));
+    }
 
     args.option("-chardev", format!("socket,id=control,fd={CONTROL_FD}"));
     args.option("-mon", "chardev=control,mode=control");
@@ -136,6 +150,16 @@ fn overlay_disk(path: &Path, cache: DiskCache) -> Value {
     })
 }
 
+fn memory_file(path: &Path, mib: u32, share: bool) -> Value {
+    json!({
+        "qom-type": "memory-backend-file",
+        "id": "memory",
+        "size": u64::from(mib) << 20,
+        "mem-path": path.to_string_lossy(),
+        "share": share,
+    })
+}
+
 fn accelerator(accel: Accel, vcpus: u8) -> String {
     match accel {
         Accel::Kvm => "kvm".to_owned(),
@@ -182,6 +206,7 @@ mod tests {
             vcpus: 1,
             memory_mib: 512,
             kernel_args: vec!["pyro.task=k3v9".to_owned()],
+            savable: false,
         }
     }
 
@@ -190,7 +215,7 @@ mod tests {
     }
 
     fn line(config: &QemuConfig, spec: &MachineSpec) -> String {
-        let args = arguments(config, spec);
+        let args = arguments(config, spec, None);
         let args: Vec<String> = args.into_iter().map(|arg| arg.into_string().expect("UTF-8")).collect();
         args.join("\n").replace("\n-", "\x00-").replace('\n', " ").replace('\x00', "\n")
     }

@@ -4,6 +4,7 @@
 //! documentation and has not been run on a host with a usable KVM.
 
 mod command_line;
+mod control;
 pub mod qmp;
 
 use std::io;
@@ -16,18 +17,24 @@ use std::time::Duration;
 use pyro_process::Spawn;
 use tokio::net::UnixStream;
 
+use self::control::QemuControl;
 use crate::Vmm;
+use crate::confinement::{Confinement, Element};
 use crate::error::{ControlError, LaunchError};
 use crate::machine::Machine;
 use crate::process::{Streams, VmmProcess};
 use crate::qmp::Qmp;
-use crate::spec::{BackendKind, Capabilities, Isolation, MachineSpec};
+use crate::spec::{BackendKind, Capabilities, Channel, Isolation, MachineSpec, Snapshot};
 
 /// How long QEMU may take to accept its command line: 40 ms on a quiet host, seconds on a swamped one.
 const ACCEPT_DEADLINE: Duration = Duration::from_secs(30);
-/// How long the end of a QEMU is waited for that has closed its control channel.
-const EXIT_GRACE: Duration = Duration::from_secs(2);
 const MAX_VCPUS: u8 = 32;
+/// The files of a savable machine, in its directory: the guest's memory, and what it is saved to.
+const MEMORY: &str = "memory";
+const STATE: &str = "state";
+
+/// What QEMU's own sandbox gives.
+const SANDBOXED: &[Element] = &[Element::NoNewPrivileges, Element::Seccomp];
 
 /// What executes the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,22 +98,60 @@ impl Vmm for Qemu {
             Accel::Kvm => Isolation::QemuKvm,
             Accel::Tcg { .. } => Isolation::QemuTcg,
         };
-        Capabilities { isolation, pause: true, snapshot: false, max_vcpus: MAX_VCPUS }
+        let channel = Channel::Serial;
+        Capabilities { isolation, pause: true, snapshot: true, max_vcpus: MAX_VCPUS, channel }
     }
 
     async fn launch(&self, spec: &MachineSpec) -> Result<Machine, LaunchError> {
-        spec.validate(self.capabilities())?;
-        let (config, spec) = (self.config.clone(), spec.clone());
-        // Forking takes milliseconds. When this future is dropped meanwhile, so is what the closure returns.
-        let started = tokio::task::spawn_blocking(move || start(&config, &spec))
-            .await
-            .unwrap_or_else(|error| Err(io::Error::other(error)))
-            .map_err(|source| self.spawn_error(source))?;
-        accept(started).await
+        self.begin(spec, None).await
+    }
+
+    async fn restore(&self, spec: &MachineSpec, from: &Snapshot) -> Result<Machine, LaunchError> {
+        self.begin(spec, Some(from)).await
     }
 }
 
 impl Qemu {
+    async fn begin(&self, spec: &MachineSpec, from: Option<&Snapshot>) -> Result<Machine, LaunchError> {
+        spec.validate(self.capabilities())?;
+        let (config, from_copy) = (self.config.clone(), from.cloned());
+        let start_spec = spec.clone();
+        // Forking takes milliseconds. When this future is dropped meanwhile, so is what the closure returns.
+        let started = tokio::task::spawn_blocking(move || start(&config, &start_spec, from_copy.as_ref()))
+            .await
+            .unwrap_or_else(|error| Err(io::Error::other(error)))
+            .map_err(|source| self.spawn_error(source))?;
+        let Started { process, channel, control } = started;
+        let accepted = tokio::time::timeout(ACCEPT_DEADLINE, async {
+            let mut qmp = Qmp::connect(control).await?;
+            if let Some(snapshot) = from {
+                control::restore(&mut qmp, &snapshot.state).await?;
+            }
+            Ok(qmp)
+        });
+        let source = match accepted.await {
+            Ok(Ok(qmp)) => {
+                let confinement = Confinement::observed(process.pid());
+                let expected = if self.config.sandbox { SANDBOXED } else { &[] };
+                return match confinement.lacks(expected) {
+                    None => {
+                        let dir = (spec.savable && from.is_none()).then(|| spec.dir.clone());
+                        let control = QemuControl::new(qmp, channel, dir);
+                        Ok(Machine::new(process, confinement, Box::new(control)))
+                    }
+                    Some(missing) => {
+                        process.kill();
+                        process.wait().await;
+                        Err(LaunchError::Unconfined { missing })
+                    }
+                };
+            }
+            Ok(Err(source)) => source,
+            Err(_elapsed) => ControlError::Timeout { after: ACCEPT_DEADLINE },
+        };
+        Err(process.refused(source).await)
+    }
+
     fn spawn_error(&self, source: io::Error) -> LaunchError {
         let binary = self.config.binary.clone();
         // The working directory may be what is missing, so look at the program itself.
@@ -119,7 +164,7 @@ impl Qemu {
 
 /// Starts the process and connects its channels, all by descriptor: no socket has a name that could be taken,
 /// guessed or left behind.
-fn start(config: &QemuConfig, spec: &MachineSpec) -> io::Result<Started> {
+fn start(config: &QemuConfig, spec: &MachineSpec, from: Option<&Snapshot>) -> io::Result<Started> {
     let (channel, qemu_channel) = StdUnixStream::pair()?;
     let (control, qemu_control) = StdUnixStream::pair()?;
     let (console, qemu_console) = StdUnixStream::pair()?;
@@ -127,7 +172,7 @@ fn start(config: &QemuConfig, spec: &MachineSpec) -> io::Result<Started> {
 
     let mut spawn = Spawn::new(&config.binary, &spec.dir);
     spawn
-        .args(command_line::arguments(config, spec))
+        .args(command_line::arguments(config, spec, from))
         .stdout(Stdio::null())
         .stderr(Stdio::from(qemu_stderr))
         .own_process_group()
@@ -136,27 +181,10 @@ fn start(config: &QemuConfig, spec: &MachineSpec) -> io::Result<Started> {
         .fd(qemu_console.into(), command_line::CONSOLE_FD);
     let child = spawn.spawn()?;
 
-    let process = VmmProcess::new(child, Streams { console: OwnedFd::from(console), stderr })?;
+    let streams = Streams { console: OwnedFd::from(console), stderr, log: None };
+    let process = VmmProcess::new(child, streams, Box::new(()))?;
     channel.set_nonblocking(true)?;
     control.set_nonblocking(true)?;
     let (channel, control) = (UnixStream::from_std(channel)?, UnixStream::from_std(control)?);
     Ok(Started { process, channel, control })
-}
-
-/// Waits until QEMU has accepted its command line, or ended over it. The guest boots meanwhile.
-async fn accept(started: Started) -> Result<Machine, LaunchError> {
-    let Started { process, channel, control } = started;
-    let source = match tokio::time::timeout(ACCEPT_DEADLINE, Qmp::connect(control)).await {
-        Ok(Ok(control)) => return Ok(Machine::new(process, channel, control)),
-        Ok(Err(source)) => source,
-        Err(_elapsed) => ControlError::Timeout { after: ACCEPT_DEADLINE },
-    };
-    if matches!(source, ControlError::Ended)
-        && let Ok(exit) = tokio::time::timeout(EXIT_GRACE, process.wait()).await
-    {
-        return Err(LaunchError::ExitedAtOnce { exit: Box::new(exit) });
-    }
-    process.kill();
-    process.wait().await;
-    Err(LaunchError::Control { source })
 }

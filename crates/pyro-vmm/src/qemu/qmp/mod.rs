@@ -29,6 +29,7 @@ const DESCRIPTION_CHARS_MAX: usize = 500;
 pub struct Qmp {
     lines: Lines,
     last_id: u64,
+    events: u64,
 }
 
 #[derive(Serialize)]
@@ -65,7 +66,7 @@ impl Qmp {
     /// # Errors
     /// When the peer closes the connection or speaks another protocol.
     pub async fn connect(stream: UnixStream) -> Result<Self, ControlError> {
-        let mut qmp = Self { lines: Lines::new(stream), last_id: 0 };
+        let mut qmp = Self { lines: Lines::new(stream), last_id: 0, events: 0 };
         if qmp.next_message().await?.greeting.is_none() {
             return Err(ControlError::Protocol { what: "no greeting" });
         }
@@ -112,6 +113,12 @@ impl Qmp {
         self.next_message().await.map(drop)
     }
 
+    /// How many events have come so far. QEMU may send an event before an answer that was found before it: who waits
+    /// for a change has to ask again when events have come while it asked.
+    pub fn events(&self) -> u64 {
+        self.events
+    }
+
     async fn exchange<C: QmpCommand>(
         &mut self,
         command: &C,
@@ -144,8 +151,10 @@ impl Qmp {
 
     async fn next_message(&mut self) -> Result<Message, ControlError> {
         let line = self.lines.next().await?;
-        serde_json::from_slice(&line)
-            .map_err(|_| ControlError::Protocol { what: "a line that is no message" })
+        let message: Message = serde_json::from_slice(&line)
+            .map_err(|_| ControlError::Protocol { what: "a line that is no message" })?;
+        self.events += u64::from(message.event.is_some());
+        Ok(message)
     }
 }
 

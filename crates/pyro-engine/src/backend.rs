@@ -1,0 +1,189 @@
+//! Which VMM runs the guests: the strongest that works here, or the one that was asked for.
+
+use std::path::PathBuf;
+
+use pyro_vmm::host::{HostFacts, find_qemu, firecracker_version, qemu_version};
+use pyro_vmm::source::{self, Found, NAMED, SourceError};
+use pyro_vmm::{
+    Accel, BackendKind, Confine, Driver, Firecracker, FirecrackerConfig, Isolation, Qemu, QemuConfig, Vmm,
+};
+
+use crate::engine::{Engine, EngineConfig};
+use crate::error::{Error, ErrorKind};
+use crate::live::{Boot, Running, StartTimes, unavailable};
+
+const KVM_HINT: &str =
+    "run `pyro doctor` to see why; without --backend, guests run in software where there is no KVM";
+
+impl Engine {
+    /// Boots a machine on the VMM that is chosen, and where that fails and nobody insists on it, on the next weaker one:
+    /// a Firecracker may not be confinable here, and a KVM that passes its probe may still boot no guest.
+    ///
+    /// # Errors
+    /// When none boots it; the first one's words.
+    pub(crate) async fn boot(
+        &self,
+        boot: &Boot<'_>,
+        required: Option<Isolation>,
+    ) -> Result<(Running, StartTimes), Error> {
+        let mut failed: Option<Error> = None;
+        for vmm in self.candidates()? {
+            let isolation = vmm.capabilities().isolation;
+            // What this host gives may have changed since the requirement was checked.
+            if let Some(required) = required.filter(|required| isolation < *required) {
+                let text = format!("isolation '{required}' was required; this host gives '{isolation}'");
+                let weaker =
+                    Error::new(ErrorKind::IsolationUnavailable, text).hint("run `pyro doctor` to see why");
+                return Err(failed.unwrap_or(weaker));
+            }
+            match Running::boot(&vmm, boot).await {
+                Ok(booted) => {
+                    // What has failed in software too was not KVM's fault.
+                    if let Some(error) = failed.filter(|_| vmm.emulates()) {
+                        HostFacts::distrust_kvm(&self.host_cache(), &error.to_string());
+                    }
+                    return Ok(booted);
+                }
+                Err(error) if error.kind() == ErrorKind::GuestUnavailable => {
+                    failed.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(failed.unwrap_or_else(|| unavailable("no VMM is installed")))
+    }
+
+    /// The VMM that is chosen, then those that are weaker; only the first where one was asked for by name.
+    fn candidates(&self) -> Result<Vec<Driver>, Error> {
+        let mut candidates = vec![self.vmm()?];
+        if self.inner.config.backend.is_none() {
+            let mut facts = HostFacts::load(&self.host_cache());
+            if matches!(candidates[0], Driver::Firecracker(_)) {
+                candidates.extend(self.qemu(&facts));
+            }
+            if facts.kvm.usable {
+                facts.kvm.usable = false;
+                candidates.extend(self.qemu(&facts));
+            }
+        }
+        Ok(candidates)
+    }
+
+    /// The VMM that a machine would have now.
+    ///
+    /// # Errors
+    /// When the one that was asked for, or every one, cannot be used; the text says why.
+    pub(crate) fn vmm(&self) -> Result<Driver, Error> {
+        let facts = HostFacts::load(&self.host_cache());
+        let asked = self.inner.config.backend.as_deref().and_then(BackendKind::named);
+        match asked {
+            Some(BackendKind::Firecracker) => {
+                if !facts.kvm.usable {
+                    let text = format!("backend 'firecracker' needs a KVM that works: {}", facts.kvm.why);
+                    return Err(unavailable(&text).hint(KVM_HINT));
+                }
+                let found = self.find_firecracker().map_err(|error| broken(&error))?.ok_or_else(|| {
+                    unavailable("firecracker is not installed")
+                        .hint("install it: pyro env firecracker --from ARCHIVE, or set PYRO_FIRECRACKER")
+                })?;
+                self.firecracker(found)
+            }
+            None if facts.kvm.usable => match self.find_firecracker().map_err(|error| broken(&error))? {
+                Some(found) if found.origin == NAMED => self.firecracker(found),
+                // One that merely lies about and cannot be used is no reason to have none.
+                Some(found) => self.firecracker(found).or_else(|_unusable| self.qemu(&facts)),
+                None => self.qemu(&facts),
+            },
+            _ => self.qemu(&facts),
+        }
+    }
+
+    /// The Firecracker that would be used if KVM works, and what it says of its version.
+    ///
+    /// # Errors
+    /// When one was named that is not there, is too old, or does not run.
+    pub(crate) fn known_firecracker(&self) -> Result<Option<(Found, String)>, Error> {
+        let Some(found) = self.find_firecracker().map_err(|error| broken(&error))? else { return Ok(None) };
+        let version = self.firecracker_version(&found)?;
+        Ok(Some((found, version)))
+    }
+
+    /// Puts the tested Firecracker into the cache, out of an archive; see [`pyro_vmm::source::install`].
+    ///
+    /// # Errors
+    /// When no archive is named, or it holds other bytes.
+    pub async fn install_firecracker(&self, from: Option<PathBuf>) -> Result<Found, Error> {
+        let from = from.or_else(|| self.inner.config.firecracker.clone()).ok_or_else(|| {
+            Error::new(ErrorKind::InvalidValue, "no source of Firecracker was given")
+                .hint("give --from ARCHIVE: a release's .tgz or a wheel, as a file or an https address")
+        })?;
+        let store = firecracker_store(&self.inner.config);
+        let install = move || {
+            source::install(&from, &store)
+                .map_err(|error| Error::new(ErrorKind::Environment, error.to_string()).hint(error.hint()))
+        };
+        self.blocking(install).await
+    }
+
+    fn find_firecracker(&self) -> Result<Option<Found>, SourceError> {
+        let config = &self.inner.config;
+        source::find(config.firecracker.as_deref(), &firecracker_store(config), &config.tool_path)
+    }
+
+    fn firecracker_version(&self, found: &Found) -> Result<String, Error> {
+        let version = firecracker_version(&found.firecracker, &self.host_cache()).map_err(|error| {
+            unavailable(&error.to_string()).hint("install it again: pyro env firecracker --from ARCHIVE")
+        })?;
+        source::check_version(&found.firecracker, &version).map_err(|error| broken(&error))?;
+        Ok(version)
+    }
+
+    fn firecracker(&self, found: Found) -> Result<Driver, Error> {
+        let version = self.firecracker_version(&found)?;
+        // Its jailer needs root; whoever is not confines it as an ordinary user can. Root without a jailer would run it
+        // as root.
+        let confine = match found.jailer {
+            Some(jailer) if rustix::process::geteuid().is_root() => Confine::Jailer(jailer),
+            None if rustix::process::geteuid().is_root() => {
+                let text = format!("there is no jailer beside {}", found.firecracker.display());
+                return Err(unavailable(&text).hint("put the jailer of the same release beside it"));
+            }
+            _ => Confine::Namespaces,
+        };
+        let config = FirecrackerConfig { binary: found.firecracker, version, confine, omitted: None };
+        Ok(Driver::Firecracker(Firecracker::new(config)))
+    }
+
+    fn qemu(&self, facts: &HostFacts) -> Result<Driver, Error> {
+        let binary = find_qemu(&self.inner.config.tool_path).ok_or_else(|| {
+            unavailable("qemu-system-x86_64 is not installed").hint("apt-get install qemu-system-x86")
+        })?;
+        let version = qemu_version(&binary, &self.host_cache()).map_err(|error| {
+            unavailable(&error.to_string()).hint("reinstall it: apt-get install --reinstall qemu-system-x86")
+        })?;
+        let accel = if facts.kvm.usable { Accel::Kvm } else { Accel::Tcg { tsc_khz: facts.tsc_khz } };
+        let config = QemuConfig { binary, version: version.version, sandbox: version.sandbox, accel };
+        Ok(Driver::Qemu(Qemu::new(config)))
+    }
+}
+
+/// Checks the name of a backend.
+pub(crate) fn check_name(name: Option<&str>) -> Result<(), Error> {
+    match name {
+        Some(name) if BackendKind::named(name).is_none() => {
+            let names = BackendKind::ALL.map(BackendKind::as_str).join(", ");
+            let text = format!("invalid backend; expected one of: {names}");
+            Err(Error::new(ErrorKind::InvalidValue, text))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Beside the environments, whose cache it is.
+fn firecracker_store(config: &EngineConfig) -> PathBuf {
+    config.cache_dir.join("firecracker")
+}
+
+fn broken(error: &SourceError) -> Error {
+    unavailable(&error.to_string()).hint(error.hint())
+}

@@ -1,0 +1,82 @@
+//! Cases that talk to a guest: commands, streams, limits.
+
+use super::bench::Guest;
+use crate::record::Fault;
+use crate::spec::{Command, ExecSpec};
+
+pub(super) async fn exit_codes(guest: &Guest) {
+    let done = guest.sh("echo out; echo err >&2; exit 7").await;
+    assert_eq!((&done.stdout[..], &done.stderr[..]), (&b"out\n"[..], &b"err\n"[..]));
+    assert_eq!(done.outcome.exit_code, 7);
+    let missing = guest.run(ExecSpec::new(Command::argv(["/nonexistent"]))).await;
+    assert_eq!(missing.outcome.exit_code, 127);
+    let words = guest.run(ExecSpec::new(Command::argv(["printf", "%s|", "a b", "", "$HOME"]))).await;
+    assert_eq!(words.stdout, b"a b||$HOME|", "words are passed on as they are");
+}
+
+pub(super) async fn signals(guest: &Guest) {
+    assert_eq!(guest.sh("kill -TERM $$").await.outcome.exit_code, 128 + 15);
+    assert_eq!(guest.sh("kill -KILL $$").await.outcome.exit_code, 128 + 9);
+}
+
+pub(super) async fn bytes(guest: &Guest) {
+    let done = guest.sh(r"printf '\377\376\000\200'").await;
+    assert_eq!(done.stdout, b"\xff\xfe\x00\x80");
+    const LENGTH: usize = 8 << 20;
+    let done = guest.sh(&format!("head -c {LENGTH} /dev/zero | tr '\\0' x")).await;
+    assert_eq!(done.stdout.len(), LENGTH);
+    assert!(done.stdout.iter().all(|byte| *byte == b'x'));
+}
+
+pub(super) async fn stdin(guest: &Guest) {
+    let input: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_le_bytes).collect();
+    let mut spec = ExecSpec::new(Command::argv(["cat"]));
+    spec.stdin = Some(Box::new(std::io::Cursor::new(input.clone())));
+    let done = guest.run(spec).await;
+    assert!(done.stdout == input, "{} of {} bytes came back", done.stdout.len(), input.len());
+    assert_eq!(guest.text("cat; echo end").await, "end", "without input there is its end");
+}
+
+pub(super) async fn many(guest: &Guest) {
+    let commands = (0..16).map(|number| async move {
+        let done =
+            guest.sh(&format!("echo {number}; cat /proc/self/cmdline >/dev/null; exit {number}")).await;
+        assert_eq!((done.stdout, done.outcome.exit_code), (format!("{number}\n").into_bytes(), number));
+    });
+    futures_util::future::join_all(commands).await;
+}
+
+pub(super) async fn timeout(guest: &Guest) {
+    let mut spec = ExecSpec::new(Command::Shell("echo begun; sleep 1000 & sleep 1000".to_owned()));
+    spec.timeout_seconds = 3.0;
+    let done = guest.run(spec).await;
+    assert_eq!((done.outcome.exit_code, done.outcome.fault), (124, Some(Fault::Timeout)));
+    assert_eq!(done.stdout, b"begun\n");
+    // None of the group lives on.
+    assert_eq!(guest.text("cat /proc/[0-9]*/comm 2>/dev/null | grep -c '^sleep$' || true").await, "0");
+}
+
+pub(super) async fn disks(guest: &Guest) {
+    assert_eq!(guest.text("cat /sys/block/vda/ro /sys/block/vdb/ro | tr '\\n' ' '").await, "1 0");
+    // The upper layer takes what the image cannot.
+    let script = "echo changed > /etc/issue && cat /etc/issue && dd if=/dev/zero of=/big bs=1M count=16 2>/dev/null \
+                  && sync && stat -c %s /big";
+    assert_eq!(guest.text(script).await, "changed\n16777216");
+    let done = guest.sh("echo x > /dev/vda").await;
+    assert_ne!(done.outcome.exit_code, 0, "the image is read-only for the guest's root too");
+}
+
+pub(super) async fn console_flood(guest: &Guest) {
+    // Each byte is an exit of the machine to its VMM, half a millisecond where that is emulated too.
+    guest.text("yes flooded | head -c 10000 > /dev/console; sleep 0.2").await;
+    let console = guest.running.machine.console_tail();
+    assert!(console.lines().count() <= 40, "{} lines", console.lines().count());
+    assert_eq!(guest.text("echo alive").await, "alive");
+}
+
+pub(super) async fn out_of_memory(guest: &Guest) {
+    // The second command has to keep more than the guest's memory holds.
+    let done = guest.sh("head -c 400M /dev/zero | tail -c 400M > /dev/null").await;
+    assert_eq!((done.outcome.exit_code, done.outcome.fault), (137, Some(Fault::OutOfMemory)));
+    assert_eq!(guest.text("echo alive").await, "alive");
+}

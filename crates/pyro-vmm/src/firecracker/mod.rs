@@ -1,0 +1,360 @@
+//! The Firecracker driver: configured through its API, confined by its jailer or in namespaces.
+
+mod api;
+mod jail;
+mod short;
+pub mod source;
+mod vsock;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::UnixStream;
+
+use self::api::{
+    Api, BootSource, Drive, InstanceActionInfo, MachineConfiguration, MemoryBackend, SnapshotCreateParams,
+    SnapshotLoadParams, Vm, Vsock,
+};
+pub use self::jail::forget;
+use self::jail::{Jailed, Place};
+use self::short::ShortPath;
+use crate::Vmm;
+use crate::confinement::{Confinement, Element};
+use crate::control::{Answer, Control};
+use crate::error::{ControlError, LaunchError};
+use crate::machine::Machine;
+use crate::process::{Streams, VmmProcess};
+use crate::spec::{
+    BackendKind, Capabilities, Channel, DiskCache, Isolation, MachineSpec, Snapshot, VSOCK_PORT,
+};
+
+/// How long Firecracker may take to make its API's socket: 30 ms on a quiet host.
+const API_DEADLINE: Duration = Duration::from_secs(20);
+/// The pause before its socket is looked for again: a socket that is made and not yet listened at has no event.
+const BEAT: Duration = Duration::from_millis(2);
+/// How long it may take to start or restore the machine.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+const MAX_VCPUS: u8 = 32;
+/// The address of the guest on its virtio socket, the first that is free.
+const GUEST_CID: u32 = 3;
+
+/// For every machine: a reboot and a panic end it, and nothing is probed for that the machine does not have.
+const KERNEL_ARGS: &[&str] = &[
+    "console=ttyS0",
+    "8250.nr_uarts=1",
+    "quiet",
+    "reboot=k",
+    "panic=-1",
+    "random.trust_cpu=on",
+    "rcupdate.rcu_expedited=1",
+    "cryptomgr.notests",
+    "audit=0",
+    "i8042.noaux",
+    "i8042.nomux",
+    "i8042.dumbkbd",
+    "pci=off",
+    "raid=noautodetect",
+    "debugfs=off",
+];
+
+/// How to keep a Firecracker apart from the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Confine {
+    /// By its jailer, this program; it needs root.
+    Jailer(PathBuf),
+    /// By the namespaces of a user namespace, without any privilege.
+    Namespaces,
+}
+
+/// How to run Firecracker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FirecrackerConfig {
+    /// The program.
+    pub binary: PathBuf,
+    /// Its version, for records.
+    pub version: String,
+    /// What keeps it apart from the host.
+    pub confine: Confine,
+    /// An element that is left out, for tests of whether a launch misses it. It always does.
+    #[doc(hidden)]
+    pub omitted: Option<Element>,
+}
+
+impl FirecrackerConfig {
+    fn gives(&self, element: Element) -> bool {
+        self.omitted != Some(element)
+    }
+}
+
+/// The driver.
+#[derive(Debug, Clone)]
+pub struct Firecracker {
+    config: FirecrackerConfig,
+}
+
+/// A process whose API is not yet spoken to.
+struct Started {
+    process: VmmProcess,
+    sockets: Sockets,
+    expected: Vec<Element>,
+    landlock: bool,
+}
+
+/// Where the sockets of a running Firecracker are.
+#[derive(Debug)]
+struct Sockets {
+    api: PathBuf,
+    vsock: PathBuf,
+    saved: Snapshot,
+}
+
+/// The control of one Firecracker.
+#[derive(Debug)]
+struct FirecrackerControl {
+    api: Arc<Api>,
+    sockets: Sockets,
+}
+
+impl Firecracker {
+    /// A driver that runs Firecracker as `config` says.
+    pub fn new(config: FirecrackerConfig) -> Self {
+        Self { config }
+    }
+
+    /// The kind of this driver.
+    pub fn kind(&self) -> BackendKind {
+        BackendKind::Firecracker
+    }
+
+    /// How Firecracker is run.
+    pub fn config(&self) -> &FirecrackerConfig {
+        &self.config
+    }
+
+    async fn begin(&self, spec: &MachineSpec, from: Option<&Snapshot>) -> Result<Machine, LaunchError> {
+        spec.validate(self.capabilities())?;
+        let (config, start_spec, from_copy) = (self.config.clone(), spec.clone(), from.cloned());
+        // When this future is dropped meanwhile, so is what the closure returns.
+        let started = tokio::task::spawn_blocking(move || start(&config, &start_spec, from_copy.as_ref()))
+            .await
+            .unwrap_or_else(|error| Err(io::Error::other(error)))
+            .map_err(|source| self.spawn_error(source))?;
+        let Started { process, sockets, expected, landlock } = started;
+        let configured = tokio::select! {
+            biased;
+            exit = process.wait() => return Err(LaunchError::ExitedAtOnce { exit: Box::new(exit) }),
+            configured = configure(&sockets, spec, from.is_some()) => configured,
+        };
+        let api = match configured {
+            Ok(api) => Arc::new(api),
+            Err(source) => return Err(process.refused(source).await),
+        };
+        let confinement = Confinement::observed(process.pid()).with_landlock(landlock);
+        if let Some(missing) = confinement.lacks(&expected) {
+            process.kill();
+            process.wait().await;
+            return Err(LaunchError::Unconfined { missing });
+        }
+        Ok(Machine::new(process, confinement, Box::new(FirecrackerControl { api, sockets })))
+    }
+
+    fn spawn_error(&self, source: io::Error) -> LaunchError {
+        let mut programs = vec![&self.config.binary];
+        programs.extend(match &self.config.confine {
+            Confine::Jailer(jailer) => Some(jailer),
+            Confine::Namespaces => None,
+        });
+        match programs.into_iter().find(|program| !program.exists()) {
+            Some(missing) => LaunchError::BinaryMissing { binary: missing.clone() },
+            None if is_refusal(&self.config.confine, &source) => LaunchError::Confine { source },
+            None => LaunchError::Spawn { binary: self.config.binary.clone(), source },
+        }
+    }
+}
+
+impl Vmm for Firecracker {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            isolation: Isolation::FirecrackerKvm,
+            pause: true,
+            snapshot: true,
+            max_vcpus: MAX_VCPUS,
+            channel: Channel::Vsock,
+        }
+    }
+
+    async fn launch(&self, spec: &MachineSpec) -> Result<Machine, LaunchError> {
+        self.begin(spec, None).await
+    }
+
+    async fn restore(&self, spec: &MachineSpec, from: &Snapshot) -> Result<Machine, LaunchError> {
+        self.begin(spec, Some(from)).await
+    }
+}
+
+/// Whether the host has refused the namespaces: where they are forbidden, and where their number is limited to none.
+fn is_refusal(confine: &Confine, error: &io::Error) -> bool {
+    let refusals = [libc::EPERM, libc::EACCES, libc::ENOSPC];
+    *confine == Confine::Namespaces && error.raw_os_error().is_some_and(|number| refusals.contains(&number))
+}
+
+/// Makes the place and starts the process in it.
+fn start(config: &FirecrackerConfig, spec: &MachineSpec, from: Option<&Snapshot>) -> io::Result<Started> {
+    if matches!(config.confine, Confine::Jailer(_)) {
+        let saved = from.map(|snapshot| [&snapshot.state, &snapshot.memory]);
+        for file in
+            [&spec.kernel, &spec.initramfs, &spec.rootfs].into_iter().chain(saved.into_iter().flatten())
+        {
+            jail::make_readable(&spec.dir.join(file))?;
+        }
+    }
+    let Jailed { mut spawn, place, expected, landlock } = jail::make(config, spec, from)?;
+    let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+    let ((console, its_console), (stderr, its_stderr)) = (pipe()?, pipe()?);
+    spawn.stdout(Stdio::from(its_console)).stderr(Stdio::from(its_stderr)).own_process_group();
+    let log = open_log(&place)?;
+    let sockets = Sockets {
+        api: place.path(jail::API),
+        vsock: place.path(jail::VSOCK),
+        saved: Snapshot { state: spec.dir.join(jail::STATE), memory: spec.dir.join(jail::MEMORY) },
+    };
+    let streams = Streams { console, stderr, log: Some(log) };
+    let process = VmmProcess::new(spawn.spawn()?, streams, Box::new(place))?;
+    Ok(Started { process, sockets, expected, landlock })
+}
+
+/// The reading end of the pipe into which Firecracker writes its own words, apart from the guest's. It is opened for
+/// writing too, so that it does not end before Firecracker has begun.
+fn open_log(place: &Place) -> io::Result<OwnedFd> {
+    use fs_err::os::unix::fs::OpenOptionsExt;
+
+    let mut options = fs_err::OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
+    Ok(options.open(place.path(jail::LOG))?.into_file().into())
+}
+
+/// Configures the machine and lets it run.
+async fn configure(sockets: &Sockets, spec: &MachineSpec, restore: bool) -> Result<Api, ControlError> {
+    let api = match tokio::time::timeout(API_DEADLINE, connect_api(&sockets.api)).await {
+        Ok(connected) => connected?,
+        Err(_elapsed) => return Err(ControlError::Timeout { after: API_DEADLINE }),
+    };
+    let started = async {
+        if restore {
+            return api.call(&load()).await;
+        }
+        api.call(&boot_source(spec)).await?;
+        api.call(&size(spec)).await?;
+        for drive in drives(spec) {
+            api.call(&drive).await?;
+        }
+        api.call(&Vsock { guest_cid: GUEST_CID, uds_path: jail::VSOCK }).await?;
+        api.call(&InstanceActionInfo { action_type: "InstanceStart" }).await
+    };
+    match tokio::time::timeout(START_DEADLINE, started).await {
+        Ok(started) => started.map(|()| api),
+        Err(_elapsed) => Err(ControlError::Timeout { after: START_DEADLINE }),
+    }
+}
+
+async fn connect_api(socket: &Path) -> Result<Api, ControlError> {
+    loop {
+        let connected = match ShortPath::of(socket) {
+            Ok(path) => UnixStream::connect(path.path()).await,
+            Err(error) => Err(error),
+        };
+        match connected {
+            Ok(stream) => return Api::over(stream).await,
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+            {
+                tokio::time::sleep(BEAT).await;
+            }
+            Err(error) => return Err(ControlError::Io(error)),
+        }
+    }
+}
+
+fn boot_source(spec: &MachineSpec) -> BootSource {
+    let channel = format!("pyro.vsock={VSOCK_PORT}");
+    let own = KERNEL_ARGS.iter().copied().chain([channel.as_str()]);
+    let args: Vec<&str> = own.chain(spec.kernel_args.iter().map(String::as_str)).collect();
+    BootSource { kernel_image_path: jail::KERNEL, initrd_path: jail::INITRAMFS, boot_args: args.join(" ") }
+}
+
+fn size(spec: &MachineSpec) -> MachineConfiguration {
+    MachineConfiguration {
+        vcpu_count: spec.vcpus,
+        mem_size_mib: spec.memory_mib,
+        smt: false,
+        track_dirty_pages: false,
+    }
+}
+
+fn drives(spec: &MachineSpec) -> [Drive; 2] {
+    let drive = |name, is_read_only, cache_type| Drive {
+        drive_id: name,
+        path_on_host: name,
+        is_root_device: false,
+        is_read_only,
+        cache_type,
+        io_engine: "Sync",
+    };
+    let cache = match spec.overlay_cache {
+        DiskCache::Unsafe => "Unsafe",
+        DiskCache::Writeback => "Writeback",
+    };
+    [drive(jail::ROOTFS, true, "Unsafe"), drive(jail::OVERLAY, false, cache)]
+}
+
+fn load() -> SnapshotLoadParams {
+    SnapshotLoadParams {
+        snapshot_path: jail::STATE,
+        mem_backend: MemoryBackend { backend_type: "File", backend_path: jail::MEMORY },
+        resume_vm: true,
+    }
+}
+
+impl FirecrackerControl {
+    /// Makes a call to its end, also when nobody waits for it any more: one that is cut off would close the connection.
+    fn call<C: api::Call + Send + Sync + 'static>(&self, call: C) -> Answer<'static, ()> {
+        let api = Arc::clone(&self.api);
+        let called = tokio::spawn(async move { api.call(&call).await });
+        Box::pin(async { called.await.unwrap_or(Err(ControlError::Ended)) })
+    }
+}
+
+impl Control for FirecrackerControl {
+    fn connect(&self) -> Answer<'_, UnixStream> {
+        Box::pin(async { Ok(vsock::connect(&self.sockets.vsock, VSOCK_PORT).await) })
+    }
+
+    fn pause(&self) -> Answer<'_, ()> {
+        self.call(Vm { state: "Paused" })
+    }
+
+    fn resume(&self) -> Answer<'_, ()> {
+        self.call(Vm { state: "Resumed" })
+    }
+
+    /// It has no call that ends it; a machine that does not end by itself is killed.
+    fn quit(&self) -> Answer<'_, ()> {
+        Box::pin(std::future::ready(Err(ControlError::Protocol { what: "there is no such call" })))
+    }
+
+    fn save(&self) -> Answer<'_, Snapshot> {
+        Box::pin(async {
+            let save = SnapshotCreateParams {
+                snapshot_type: "Full",
+                snapshot_path: jail::STATE,
+                mem_file_path: jail::MEMORY,
+            };
+            self.call(save).await?;
+            Ok(self.sockets.saved.clone())
+        })
+    }
+}
