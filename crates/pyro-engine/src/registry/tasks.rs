@@ -110,6 +110,8 @@ impl Registry {
     /// Brings a task without a supervisor into a state that its record tells truly.
     fn put_in_order(&self, id: &str, directory: &TaskDirectory, lock: File) -> Result<TaskLock, Error> {
         let failed = |error: io::Error| Error::state(directory.path(), &error);
+        // Also of a task that is put aside. Where its VMM is still dying, its next start or its end does it.
+        drop(pyro_vmm::forget(directory.path()));
         let mut file = match TaskFile::read(directory) {
             Ok(Some(file)) => file,
             Ok(None) => {
@@ -131,8 +133,6 @@ impl Registry {
             self.take_out(id)?;
             return Err(self.missing("task", id));
         }
-        // Where its VMM is still dying, its next start or its end does it.
-        drop(pyro_vmm::forget(directory.path()));
         directory.journal().interrupt_all(file.has_rebooted()).map_err(failed)?;
         let (is_lost, has_rebooted) = (file.note_lost_supervisor(), file.note_reboot());
         if is_lost || has_rebooted {
