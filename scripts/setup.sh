@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs the Debian packages that building and running pyro needs and that this machine lacks.
+# Installs the Debian packages that building and running pyro needs and that this machine lacks; with the word `kernel`, those
+# that building a guest kernel needs as well.
 set -eu
 missing=
 need() { command -v "$1" >/dev/null 2>&1 || missing="$missing $2"; }
@@ -17,6 +18,14 @@ need busybox busybox-static
 need python3 python3
 python3 -m pip --version >/dev/null 2>&1 || missing="$missing python3-pip"
 [ -e /usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 ] || missing="$missing libfaketime"
+if [ "${1:-}" = kernel ]; then
+    need flex flex
+    need bison bison
+    need bc bc
+    need xz xz-utils
+    [ -e /usr/include/gelf.h ] || missing="$missing libelf-dev"
+    [ -e /usr/src/linux-source-6.1.tar.xz ] || missing="$missing linux-source-6.1"
+fi
 [ -n "$missing" ] || exit 0
 echo "installing:$missing" >&2
 run=

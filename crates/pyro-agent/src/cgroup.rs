@@ -6,9 +6,10 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::mount::{MountFlags, mount};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
@@ -19,6 +20,8 @@ const MOUNT: &str = "/cgroup";
 
 /// Memory that commands cannot take: the kernel's own needs and the agent, in bytes.
 const RESERVE: u64 = 64 << 20;
+/// How long killed commands may take to be gone.
+const ENDED_WITHIN: Duration = Duration::from_secs(5);
 
 /// The group of all commands.
 #[derive(Debug)]
@@ -67,10 +70,7 @@ impl GuestCgroup {
 
     /// A fresh group for one command; removes those of earlier commands that are empty by now.
     pub(crate) fn exec(&self) -> io::Result<ExecCgroup> {
-        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        // The kernel refuses to remove a group that still holds a process.
-        left.retain(|path| std::fs::remove_dir(path).is_err());
-        drop(left);
+        self.forget_left();
         let path = PathBuf::from(format!("{MOUNT}/guest/{}", self.next.fetch_add(1, Ordering::Relaxed)));
         make(&path.to_string_lossy())?;
         Ok(ExecCgroup { path, left: Arc::clone(&self.left) })
@@ -79,6 +79,21 @@ impl GuestCgroup {
     /// Kills every process of every command.
     pub(crate) fn kill_all(&self) {
         drop(set(&format!("{MOUNT}/guest/cgroup.kill"), "1"));
+    }
+
+    /// Kills every process of every command, and waits until none is left, nor a group of one.
+    pub(crate) async fn end_all(&self) -> io::Result<()> {
+        self.kill_all();
+        tokio::time::timeout(ENDED_WITHIN, emptied(Path::new(MOUNT).join("guest"))).await??;
+        self.forget_left();
+        Ok(())
+    }
+
+    /// Removes the groups of earlier commands that are empty by now.
+    fn forget_left(&self) {
+        // The kernel refuses to remove a group that still holds a process.
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        left.retain(|path| std::fs::remove_dir(path).is_err());
     }
 }
 
@@ -95,20 +110,7 @@ impl ExecCgroup {
 
     /// Waits until no process of the command is left.
     pub(crate) async fn emptied(&self) -> io::Result<()> {
-        let events = File::open(self.path.join("cgroup.events"))?;
-        #[expect(unsafe_code, reason = "tokio asks for a promise about the descriptor")]
-        // SAFETY: the file owns its descriptor, and lives in what is made here.
-        let events = unsafe { AsyncFd::register_with_interest(events, Interest::PRIORITY) }?;
-        loop {
-            let mut text = String::new();
-            let mut file = events.get_ref();
-            file.seek(SeekFrom::Start(0))?;
-            file.read_to_string(&mut text)?;
-            if text.lines().any(|line| line == "populated 0") {
-                return Ok(());
-            }
-            events.ready(Interest::PRIORITY).await?.clear_ready();
-        }
+        emptied(self.path.clone()).await
     }
 
     /// How many processes of the command the kernel has killed for want of memory.
@@ -125,6 +127,24 @@ impl Drop for ExecCgroup {
         if std::fs::remove_dir(&self.path).is_err() {
             self.left.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.path));
         }
+    }
+}
+
+/// Waits until no process is left in a group, nor below it.
+async fn emptied(group: PathBuf) -> io::Result<()> {
+    let events = File::open(group.join("cgroup.events"))?;
+    #[expect(unsafe_code, reason = "tokio asks for a promise about the descriptor")]
+    // SAFETY: the file owns its descriptor, and lives in what is made here.
+    let events = unsafe { AsyncFd::register_with_interest(events, Interest::PRIORITY) }?;
+    loop {
+        let mut text = String::new();
+        let mut file = events.get_ref();
+        file.seek(SeekFrom::Start(0))?;
+        file.read_to_string(&mut text)?;
+        if text.lines().any(|line| line == "populated 0") {
+            return Ok(());
+        }
+        events.ready(Interest::PRIORITY).await?.clear_ready();
     }
 }
 

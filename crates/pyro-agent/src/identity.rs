@@ -25,6 +25,7 @@ pub(crate) fn assume(request: &IdentifyRequest) -> Result<(), IdentityError> {
     let refused = |what| move |source: io::Error| IdentityError::Refused { what, source };
     add_entropy(&request.entropy).map_err(refused("entropy"))?;
     set_clock(request.realtime_nanos).map_err(refused("clock"))?;
+    let before = rustix::system::uname().nodename().to_string_lossy().into_owned();
     rustix::system::sethostname(request.hostname.as_bytes())
         .map_err(|error| refused("hostname")(error.into()))?;
     // A guest may have put anything in the place of these files; that must not make it unusable for good.
@@ -33,25 +34,36 @@ pub(crate) fn assume(request: &IdentifyRequest) -> Result<(), IdentityError> {
             crate::say(&format!("phase=identity: {path}: {error}"));
         }
     }
-    if let Err(error) = name_in_hosts(&request.hostname) {
+    if let Err(error) = name_in_hosts(&before, &request.hostname) {
         crate::say(&format!("phase=identity: etc/hosts: {error}"));
     }
     Ok(())
 }
 
-/// Lets the guest resolve its own name. Lines that it has added itself stay.
-fn name_in_hosts(hostname: &str) -> io::Result<()> {
+/// Lets the guest resolve its own name. The line of the name that it had before goes; lines that it has added itself stay.
+fn name_in_hosts(before: &str, hostname: &str) -> io::Result<()> {
     const MOST_BYTES: u64 = 1 << 20;
     let path = "etc/hosts";
     let mut text = String::new();
     if let Ok(file) = open_in_root(path, OFlags::RDONLY) {
         file.take(MOST_BYTES).read_to_string(&mut text)?;
     }
+    let line = |name: &str| format!("127.0.1.1 {name}");
+    let old = line(before);
+    if before != hostname && text.lines().any(|found| found == old) {
+        let text: String = text
+            .lines()
+            .filter(|found| *found != old)
+            .chain([line(hostname).as_str()])
+            .map(|kept| format!("{kept}\n"))
+            .collect();
+        return write_in_root(path, &text);
+    }
     if text.split_whitespace().any(|word| word == hostname) {
         return Ok(());
     }
-    let line = format!("127.0.1.1 {hostname}\n");
-    open_in_root(path, OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND)?.write_all(line.as_bytes())
+    open_in_root(path, OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND)?
+        .write_all(format!("{}\n", line(hostname)).as_bytes())
 }
 
 fn check(request: &IdentifyRequest) -> Result<(), IdentityError> {

@@ -13,11 +13,11 @@ use pyro_proto::agent_server::{Agent, AgentServer};
 use pyro_proto::resync::{self, Step};
 use pyro_proto::{
     ExecEvent, ExecInput, GENERATION, HelloReply, HelloRequest, IdentifyReply, IdentifyRequest,
-    PowerOffReply, PowerOffRequest, SignalReply, SignalRequest, exec_input, limits,
+    PowerOffReply, PowerOffRequest, RestReply, RestRequest, SignalReply, SignalRequest, exec_input, limits,
 };
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
@@ -33,8 +33,12 @@ pub(crate) async fn serve(guest: Guest) -> io::Result<()> {
         Ok(reaper) => {
             // Whoever comes next gives the guest its identity anew: it may be the first after a restore.
             let conversation = || {
-                let identified = Arc::new(AtomicBool::new(false));
-                Conversation(Service { guest: Arc::clone(&guest), reaper: reaper.clone(), identified })
+                Conversation(Service {
+                    guest: Arc::clone(&guest),
+                    reaper: reaper.clone(),
+                    identified: Arc::default(),
+                    rests: Arc::default(),
+                })
             };
             guest.channel.serve(conversation).await
         }
@@ -58,23 +62,29 @@ pub(crate) async fn converse(
     conversation: Conversation,
 ) -> io::Result<()> {
     meet(from_host, to_host).await?;
+    let rests = Arc::clone(&conversation.0.rests);
     let agent = AgentServer::new(conversation.0)
         .max_decoding_message_size(limits::MESSAGE)
         .max_encoding_message_size(limits::MESSAGE);
     let stream = tokio::io::join(from_host, to_host);
-    drop(
-        hyper::server::conn::http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(limits::STREAM_WINDOW)
-            .initial_connection_window_size(limits::CONNECTION_WINDOW)
-            .max_concurrent_streams(limits::STREAMS)
-            .max_header_list_size(limits::HEADERS)
-            .max_send_buf_size(limits::CHUNK * 2)
-            .keep_alive_interval(Some(Duration::from_secs(20)))
-            .keep_alive_timeout(Duration::from_secs(60))
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(agent))
-            .await,
-    );
+    let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(limits::STREAM_WINDOW)
+        .initial_connection_window_size(limits::CONNECTION_WINDOW)
+        .max_concurrent_streams(limits::STREAMS)
+        .max_header_list_size(limits::HEADERS)
+        .max_send_buf_size(limits::CHUNK * 2)
+        .keep_alive_interval(Some(Duration::from_secs(20)))
+        .keep_alive_timeout(Duration::from_secs(60))
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(agent));
+    tokio::pin!(connection);
+    tokio::select! {
+        _ended = connection.as_mut() => {}
+        () = rests.notified() => {
+            connection.as_mut().graceful_shutdown();
+            drop(connection.await);
+        }
+    }
     Ok(())
 }
 
@@ -133,6 +143,8 @@ struct Service {
     guest: Arc<Guest>,
     reaper: Reaper,
     identified: Arc<AtomicBool>,
+    /// Told when the conversation shall end because the guest is at rest.
+    rests: Arc<Notify>,
 }
 
 #[tonic::async_trait]
@@ -188,6 +200,15 @@ impl Agent for Service {
             _ = kill_process_group(pid, signal);
         }
         Ok(Response::new(SignalReply {}))
+    }
+
+    async fn rest(&self, _: Request<RestRequest>) -> Result<Response<RestReply>, Status> {
+        let refused =
+            |error: io::Error| Status::unavailable(format!("the guest does not come to rest: {error}"));
+        self.guest.cgroup.end_all().await.map_err(refused)?;
+        rustix::fs::sync();
+        self.rests.notify_one();
+        Ok(Response::new(RestReply {}))
     }
 
     async fn power_off(&self, _: Request<PowerOffRequest>) -> Result<Response<PowerOffReply>, Status> {

@@ -156,13 +156,27 @@ pub(crate) enum EnvVerb {
     /// List all environments
     List(Output),
     /// Build an environment, or do nothing where it is installed and sound
-    Pull(EnvArgs),
+    Pull(PullArgs),
     /// Show one environment and verify every byte of it
     Inspect(EnvArgs),
     /// Remove all installed environments that are not in use
     Prune(Output),
+    /// Have all guests boot with a kernel of one's own, or tell which they boot with
+    Kernel(KernelArgs),
     /// Install Firecracker, which runs the guests where KVM works
     Firecracker(FirecrackerArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KernelArgs {
+    /// An uncompressed kernel (vmlinux) that has built in what a guest needs
+    #[arg(long, value_name = "VMLINUX", conflicts_with = "remove")]
+    pub(crate) from: Option<std::path::PathBuf>,
+    /// Let guests boot with the kernels of their environments again
+    #[arg(long)]
+    pub(crate) remove: bool,
+    #[command(flatten)]
+    pub(crate) output: Output,
 }
 
 #[derive(Debug, Args)]
@@ -190,6 +204,24 @@ pub(crate) struct EnvArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    #[command(flatten)]
+    pub(crate) environment: EnvArgs,
+    /// Also make the template that machines are restored from, which otherwise the first one does
+    #[arg(long)]
+    pub(crate) prepare: bool,
+    /// Virtual processors of the template's machines, 1 to 8
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, requires = "prepare")]
+    pub(crate) vcpu_count: i64,
+    /// Memory of the template's machines in MiB, 256 to 32768
+    #[arg(long, default_value_t = 1024, allow_negative_numbers = true, requires = "prepare")]
+    pub(crate) mem_mib: i64,
+    /// Size of their writable disk in MiB, 256 to 1048576
+    #[arg(long, default_value_t = 8192, allow_negative_numbers = true, requires = "prepare")]
+    pub(crate) disk_mib: i64,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct MachineArgs {
     /// Name of the environment, such as debian:12
     pub(crate) environment: String,
@@ -214,6 +246,9 @@ pub(crate) struct MachineArgs {
     /// Refuse anything that isolates less
     #[arg(long, value_name = "TIER")]
     pub(crate) require_isolation: Option<Tier>,
+    /// Boot the machine, also where a saved one could be restored
+    #[arg(long)]
+    pub(crate) cold: bool,
     /// Use this VMM instead of the best that works
     #[arg(long, value_name = "NAME", env = "PYRO_BACKEND")]
     pub(crate) backend: Option<String>,
@@ -269,8 +304,11 @@ impl Verb {
             | Self::Doctor(output)
             | Self::Demo(output)
             | Self::Reap(output) => output.json,
-            Self::Env(EnvVerb::Pull(args) | EnvVerb::Inspect(args)) => args.output.json,
+            Self::Env(EnvVerb::Pull(PullArgs { environment: args, .. }) | EnvVerb::Inspect(args)) => {
+                args.output.json
+            }
             Self::Env(EnvVerb::Firecracker(args)) => args.output.json,
+            Self::Env(EnvVerb::Kernel(args)) => args.output.json,
             Self::Completion { .. } | Self::Man { .. } | Self::Supervise { .. } => false,
         }
     }

@@ -34,6 +34,7 @@ pub(crate) fn engine(backend: Option<String>) -> Result<EngineConfig, Failure> {
         tool_path,
         backend: backend.or_else(|| std::env::var("PYRO_BACKEND").ok().filter(|name| !name.is_empty())),
         firecracker: path("PYRO_FIRECRACKER"),
+        template_limit_mib: limit("PYRO_TEMPLATE_LIMIT_MIB", 4096)?,
         max_active_vms: number("PYRO_MAX_ACTIVE_VMS", 4)?,
         max_ttl_seconds: number("PYRO_MAX_TTL_SECONDS", 3600)?,
         supervisor: std::env::current_exe().ok(),
@@ -45,14 +46,25 @@ fn path(name: &str) -> Option<PathBuf> {
 }
 
 fn number(name: &'static str, default: u32) -> Result<u32, Failure> {
+    parsed(name, u64::from(default), 1).map(|number| u32::try_from(number).unwrap_or(u32::MAX))
+}
+
+fn limit(name: &'static str, default: u64) -> Result<u64, Failure> {
+    parsed(name, default, 0)
+}
+
+fn parsed(name: &'static str, default: u64, least: u64) -> Result<u64, Failure> {
     match std::env::var(name) {
         Err(_unset) => Ok(default),
         Ok(text) => match text.parse() {
-            Ok(number @ 1..) => Ok(number),
-            _ => Err(Failure::new(
-                "invalid_value",
-                format!("{name} must be a whole number above 0, not '{text}'"),
-            )),
+            Ok(number) if (least..=u64::from(u32::MAX)).contains(&number) => Ok(number),
+            _ => {
+                let words = if least == 0 { "" } else { " above 0" };
+                Err(Failure::new(
+                    "invalid_value",
+                    format!("{name} must be a whole number{words}, not '{text}'"),
+                ))
+            }
         },
     }
 }

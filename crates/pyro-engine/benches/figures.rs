@@ -29,6 +29,7 @@ fn variable(name: &str) -> PathBuf {
 async fn main() {
     let state = tempfile::tempdir().expect("a directory");
     let config = EngineConfig {
+        template_limit_mib: 0,
         state_dir: state.path().to_owned(),
         cache_dir: variable("PYRO_TEST_ENVIRONMENTS"),
         apt_sources: None,

@@ -26,17 +26,19 @@ impl Engine {
         boot: &Boot<'_>,
         required: Option<Isolation>,
     ) -> Result<(Running, StartTimes), Error> {
+        let mut vmm = self.vmm()?;
+        let mut weaker: Option<std::vec::IntoIter<Driver>> = None;
         let mut failed: Option<Error> = None;
-        for vmm in self.candidates()? {
+        loop {
             let isolation = vmm.capabilities().isolation;
             // What this host gives may have changed since the requirement was checked.
             if let Some(required) = required.filter(|required| isolation < *required) {
                 let text = format!("isolation '{required}' was required; this host gives '{isolation}'");
-                let weaker =
+                let refused =
                     Error::new(ErrorKind::IsolationUnavailable, text).hint("run `pyro doctor` to see why");
-                return Err(failed.unwrap_or(weaker));
+                return Err(failed.unwrap_or(refused));
             }
-            match Running::boot(&vmm, boot).await {
+            match self.start_on(&vmm, boot).await {
                 Ok(booted) => {
                     // What has failed in software too was not KVM's fault.
                     if let Some(error) = failed.filter(|_| vmm.emulates()) {
@@ -45,28 +47,31 @@ impl Engine {
                     return Ok(booted);
                 }
                 Err(error) if error.kind() == ErrorKind::GuestUnavailable => {
-                    failed.get_or_insert(error);
+                    let first = failed.take().unwrap_or(error);
+                    match weaker.get_or_insert_with(|| self.weaker_than(&vmm).into_iter()).next() {
+                        Some(next) => (vmm, failed) = (next, Some(first)),
+                        None => return Err(first),
+                    }
                 }
                 Err(error) => return Err(error),
             }
         }
-        Err(failed.unwrap_or_else(|| unavailable("no VMM is installed")))
     }
 
-    /// The VMM that is chosen, then those that are weaker; only the first where one was asked for by name.
-    fn candidates(&self) -> Result<Vec<Driver>, Error> {
-        let mut candidates = vec![self.vmm()?];
+    /// The VMMs that take the place of one that boots no guest, the stronger first; none where it was asked for by name.
+    fn weaker_than(&self, vmm: &Driver) -> Vec<Driver> {
+        let mut weaker = Vec::new();
         if self.inner.config.backend.is_none() {
             let mut facts = HostFacts::load(&self.host_cache());
-            if matches!(candidates[0], Driver::Firecracker(_)) {
-                candidates.extend(self.qemu(&facts));
+            if matches!(vmm, Driver::Firecracker(_)) {
+                weaker.extend(self.qemu(&facts));
             }
             if facts.kvm.usable {
                 facts.kvm.usable = false;
-                candidates.extend(self.qemu(&facts));
+                weaker.extend(self.qemu(&facts));
             }
         }
-        Ok(candidates)
+        weaker
     }
 
     /// The VMM that a machine would have now.

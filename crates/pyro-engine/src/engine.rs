@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyro_image::{Environment, Pruned, Pulled, Store, StoreConfig};
 use pyro_vmm::host::HostFacts;
-use pyro_vmm::{Isolation, Vmm};
+use pyro_vmm::{DiskCache, Isolation, Vmm};
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind};
@@ -33,6 +33,8 @@ pub struct EngineConfig {
     /// Where Firecracker is: the program, its directory, or the archive that `Engine::install_firecracker` takes it
     /// from; none: where it was installed to, or in `tool_path`.
     pub firecracker: Option<PathBuf>,
+    /// What the templates of the cache may take together, in MiB; 0: machines always boot.
+    pub template_limit_mib: u64,
     /// Live machines and tasks on this state directory at the most.
     pub max_active_vms: u32,
     /// The longest life that may be asked for, in seconds.
@@ -93,6 +95,7 @@ impl Engine {
             tool_path: config.tool_path.clone(),
             agent: crate::AGENT.into(),
             agent_digest: crate::AGENT_DIGEST.into(),
+            template_limit_mib: config.template_limit_mib,
             catalog_version: crate::VERSION.to_owned(),
         })?;
         let registry = Arc::new(Registry::open(&config.state_dir)?);
@@ -212,12 +215,15 @@ impl Engine {
     pub(crate) async fn ground(
         &self,
         spec: &VmSpec,
+        disk: DiskCache,
         observer: &Observer,
     ) -> Result<Option<(Isolation, Environment)>, Error> {
         match self.isolation() {
             Ok(isolation) => {
                 crate::budget::check(self.inner.registry.state_dir(), spec.mem_mib)?;
-                Ok(Some((isolation, self.prepare(&spec.environment, observer).await?)))
+                let environment = self.prepare(&spec.environment, observer).await?;
+                self.prepare_template(&environment, spec, disk, observer).await;
+                Ok(Some((isolation, environment)))
             }
             Err(error) if may_use_host(spec, &error) => Ok(None),
             Err(error) => Err(error),

@@ -5,7 +5,10 @@
 //! cannot move.
 
 use std::io;
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
 use std::sync::Mutex;
+use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hyper_util::rt::TokioIo;
@@ -13,9 +16,9 @@ use pyro_proto::agent_client::AgentClient;
 use pyro_proto::resync::{self, Step};
 use pyro_proto::{
     EnvVar, ExecExited, ExecInput, ExecRefused, ExecStart, GENERATION, HelloRequest, IdentifyRequest,
-    PowerOffRequest, SignalRequest, StdinEnd, exec_event, exec_input, limits,
+    PowerOffRequest, RestRequest, SignalRequest, StdinEnd, exec_event, exec_input, limits,
 };
-use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -91,7 +94,7 @@ pub(crate) enum Event {
 impl Guest {
     /// Meets the agent on a fresh stream and gives the guest its identity.
     pub(crate) async fn meet(stream: UnixStream, identity: &Identity) -> io::Result<Self> {
-        let stream = begin(stream).await?;
+        let stream = Unclosed(begin(stream).await?);
         let stream = Mutex::new(Some(stream));
         let connector = tower::service_fn(move |_| {
             let stream = stream.lock().ok().and_then(|mut stream| stream.take());
@@ -156,6 +159,11 @@ impl Guest {
         Ok(Exec { events: reply.into_inner(), client: self.client.clone(), pid: None, _feeder: feeder })
     }
 
+    /// Brings the guest to rest, and ends the conversation; nothing of it is used afterwards.
+    pub(crate) async fn rest(mut self) -> Result<(), Status> {
+        self.client.rest(RestRequest {}).await.map(drop)
+    }
+
     /// Asks the guest to end its commands, write its disks and power off. It answers by ending.
     pub(crate) async fn power_off(&self) {
         drop(self.client.clone().power_off(PowerOffRequest {}).await);
@@ -196,10 +204,25 @@ fn other(error: impl std::error::Error) -> io::Error {
 
 /// Finds the beginning of the conversation; see `pyro_proto::resync`.
 async fn begin(stream: UnixStream) -> io::Result<BufReader<UnixStream>> {
+    let mut stream = BufReader::with_capacity(limits::CHUNK, stream);
+    resynchronize(&mut stream, false).await?;
+    Ok(stream)
+}
+
+/// Waits until the agent of a serial port has ended its conversation and listens for the next one, which is not begun.
+/// Whoever keeps the stream keeps the port open.
+pub(crate) async fn at_rest(stream: OwnedFd) -> io::Result<UnixStream> {
+    let stream = std::os::unix::net::UnixStream::from(stream);
+    stream.set_nonblocking(true)?;
+    let mut stream = BufReader::with_capacity(limits::CHUNK, UnixStream::from_std(stream)?);
+    resynchronize(&mut stream, true).await?;
+    Ok(stream.into_inner())
+}
+
+async fn resynchronize(stream: &mut BufReader<UnixStream>, until_answered: bool) -> io::Result<()> {
     let mut nonce = [0; resync::NONCE_LEN];
     getrandom::fill(&mut nonce).map_err(io::Error::other)?;
     let mut host = resync::Host::new(nonce);
-    let mut stream = BufReader::with_capacity(limits::CHUNK, stream);
     let mut again = tokio::time::interval(Duration::from_millis(resync::SYN_INTERVAL_MILLIS));
     loop {
         let available = tokio::select! {
@@ -215,12 +238,44 @@ async fn begin(stream: UnixStream) -> io::Result<BufReader<UnixStream>> {
         let (taken, step) = host.feed(available).map_err(io::Error::other)?;
         stream.consume(taken);
         match step {
+            Step::Write(..) if until_answered => return Ok(()),
             Step::Write(kind, nonce) | Step::WriteAndBegin(kind, nonce) => {
                 stream.get_mut().write_all(&resync::mark(kind, &nonce)).await?;
             }
-            Step::Begin => return Ok(stream),
+            Step::Begin => return Ok(()),
             Step::Read => {}
         }
+    }
+}
+
+/// A stream whose end is that of its last owner: the end of a conversation on it does not close it.
+struct Unclosed(BufReader<UnixStream>);
+
+impl AsyncRead for Unclosed {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Unclosed {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
     }
 }
 

@@ -35,6 +35,7 @@ mod registry;
 mod spec;
 mod supervisor;
 mod task;
+mod template;
 mod vm;
 
 pub use diagnosis::{
@@ -51,8 +52,9 @@ pub use task::{
     DeletedTask, Detached, EntryStatus, JournalEntry, LastCommand, LogEntry, LogQuery, TaskList, TaskLogs,
     TaskRecord,
 };
+pub use template::PreparedTemplate;
 
-pub use pyro_image::{Check, Entry, Inspection, Pruned, Pulled};
+pub use pyro_image::{Check, Entry, Inspection, Pruned, Pulled, TemplateEntry};
 pub use pyro_vmm::Isolation;
 pub use pyro_vmm::host::HostFacts;
 pub use pyro_vmm::source::{Found as FirecrackerFound, VERSION as FIRECRACKER_VERSION};

@@ -1,19 +1,23 @@
 //! A machine that runs, and the lease under which one of this process's own runs.
 
-use std::io::{self, Seek, SeekFrom, Write};
+use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pyro_image::Environment;
-use pyro_vmm::{Channel, DiskCache, Driver, Isolation, Machine, MachineExit, MachineSpec, Vmm};
-use rustix::fs::SeekFrom as Region;
+use pyro_image::{Environment, copy_sparse};
+use pyro_vmm::{
+    Channel, DiskCache, Driver, Isolation, LaunchError, Machine, MachineExit, MachineSpec, Snapshot, Vmm,
+};
 
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, chain};
+use crate::files;
 use crate::guest::{Guest, Identity};
 use crate::registry::{Lease, Registry};
 use crate::spec::VmSpec;
+use crate::template::NO_TEMPLATE;
 
 /// How long a guest may take to answer after its VMM runs. A cold boot in software emulation takes one to two
 /// seconds on an idle host and ten on a crowded one.
@@ -29,7 +33,7 @@ const EXIT_GRACE: Duration = Duration::from_secs(2);
 /// The writable disk of a machine; sparse, so only what is written takes room.
 pub(crate) const OVERLAY: &str = "overlay.ext4";
 
-/// What is needed to boot a machine from its directory.
+/// What is needed to start a machine in its directory.
 #[derive(Debug)]
 pub(crate) struct Boot<'a> {
     pub(crate) dir: PathBuf,
@@ -37,7 +41,19 @@ pub(crate) struct Boot<'a> {
     pub(crate) vcpus: u8,
     pub(crate) memory_mib: u32,
     pub(crate) disk: DiskCache,
+    /// None: it has its disk already, from an earlier start.
+    pub(crate) fresh: Option<Fresh<'a>>,
     pub(crate) identity: Identity,
+}
+
+/// A machine that has never been.
+#[derive(Debug)]
+pub(crate) struct Fresh<'a> {
+    /// What its disk is a copy of, where it boots.
+    pub(crate) blank: &'a Path,
+    pub(crate) disk_mib: u32,
+    /// Boot, also where there is a template.
+    pub(crate) cold: bool,
 }
 
 /// A machine whose agent has answered. Dropping it kills the machine.
@@ -48,6 +64,9 @@ pub(crate) struct Running {
     /// How its commands are run, as records name it.
     pub(crate) execution_mode: &'static str,
     pub(crate) isolation: Isolation,
+    pub(crate) restored: bool,
+    /// Why it has booted although it might have been restored.
+    pub(crate) cold_reason: Option<String>,
 }
 
 /// How long the two halves of a start took.
@@ -57,24 +76,54 @@ pub(crate) struct StartTimes {
     pub(crate) handshake: Duration,
 }
 
+/// The machine that is to be started.
+pub(crate) fn machine_spec(boot: &Boot<'_>) -> MachineSpec {
+    MachineSpec {
+        dir: boot.dir.clone(),
+        kernel: boot.environment.kernel.clone(),
+        initramfs: boot.environment.initramfs.clone(),
+        rootfs: boot.environment.rootfs.clone(),
+        overlay: OVERLAY.into(),
+        overlay_cache: boot.disk,
+        vcpus: boot.vcpus,
+        memory_mib: boot.memory_mib,
+        kernel_args: Vec::new(),
+        savable: false,
+    }
+}
+
+/// How long a guest of this VMM may take to boot and answer.
+pub(crate) fn boot_deadline(vmm: &Driver) -> Duration {
+    if vmm.emulates() { BOOT_DEADLINE } else { KVM_BOOT_DEADLINE }
+}
+
 impl Running {
     /// Boots a machine and waits for its agent. Dropping the future ends whatever it had started.
     pub(crate) async fn boot(vmm: &Driver, boot: &Boot<'_>) -> Result<(Self, StartTimes), Error> {
+        let spec = machine_spec(boot);
+        Self::begin(vmm, boot, vmm.launch(&spec), boot_deadline(vmm)).await
+    }
+
+    /// As [`Running::boot`], going on where another machine was saved.
+    pub(crate) async fn restore(
+        vmm: &Driver,
+        boot: &Boot<'_>,
+        from: &Snapshot,
+        deadline: Duration,
+    ) -> Result<(Self, StartTimes), Error> {
+        let spec = machine_spec(boot);
+        let (running, times) = Self::begin(vmm, boot, vmm.restore(&spec, from), deadline).await?;
+        Ok((Self { restored: true, ..running }, times))
+    }
+
+    async fn begin(
+        vmm: &Driver,
+        boot: &Boot<'_>,
+        machine: impl Future<Output = Result<Machine, LaunchError>>,
+        deadline: Duration,
+    ) -> Result<(Self, StartTimes), Error> {
         let began = Instant::now();
-        let deadline = if vmm.emulates() { BOOT_DEADLINE } else { KVM_BOOT_DEADLINE };
-        let spec = MachineSpec {
-            dir: boot.dir.clone(),
-            kernel: boot.environment.kernel.clone(),
-            initramfs: boot.environment.initramfs.clone(),
-            rootfs: boot.environment.rootfs.clone(),
-            overlay: OVERLAY.into(),
-            overlay_cache: boot.disk,
-            vcpus: boot.vcpus,
-            memory_mib: boot.memory_mib,
-            kernel_args: Vec::new(),
-            savable: false,
-        };
-        let machine = vmm.launch(&spec).await.map_err(|error| {
+        let machine = machine.await.map_err(|error| {
             let failed = unavailable(&format!("phase=start: {}", chain(&error)));
             match error.hint() {
                 Some(hint) => failed.hint(hint),
@@ -90,7 +139,9 @@ impl Running {
             Ok(Ok(guest)) => {
                 let times = StartTimes { start, handshake: began.elapsed() - start };
                 let isolation = vmm.capabilities().isolation;
-                Ok((Self { machine, guest, execution_mode: execution_mode(vmm), isolation }, times))
+                let execution_mode = execution_mode(vmm);
+                let (restored, cold_reason) = (false, None);
+                Ok((Self { machine, guest, execution_mode, isolation, restored, cold_reason }, times))
             }
             Ok(Err(error)) => {
                 // The end of the VMM closes its channel a moment before it is known; it tells more.
@@ -108,6 +159,30 @@ impl Running {
                 Err(unavailable(&format!("phase=boot: no answer within {seconds} s{console}")))
             }
         }
+    }
+
+    /// How it has started, as records name it.
+    pub(crate) fn start_mode(&self) -> &'static str {
+        if self.restored { "restored" } else { "cold" }
+    }
+
+    /// Writes down how it is confined, and why it has booted if it might have been restored.
+    pub(crate) fn describe(&self, metadata: &mut BTreeMap<String, String>) {
+        Self::forget_in(metadata);
+        metadata.insert("confinement".to_owned(), self.machine.confinement().to_string());
+        metadata.extend(self.cold_reason.clone().map(|reason| ("cold_reason".to_owned(), reason)));
+    }
+
+    /// Removes what [`Running::describe`] has written.
+    pub(crate) fn forget_in(metadata: &mut BTreeMap<String, String>) {
+        for key in ["confinement", "cold_reason"] {
+            metadata.remove(key);
+        }
+    }
+
+    /// What somebody should know of its start: that there was no template is the ordinary reason to boot.
+    pub(crate) fn warning(&self) -> Option<&str> {
+        self.cold_reason.as_deref().filter(|reason| *reason != NO_TEMPLATE)
     }
 
     /// Powers the guest off cleanly; its disk is whole when this returns.
@@ -152,12 +227,9 @@ pub(crate) struct Live {
 }
 
 impl Live {
-    /// Takes over a lease and gives it a disk.
-    pub(crate) fn new(registry: Arc<Registry>, lease: Lease, blank: &Path) -> Result<Self, Error> {
-        let overlay = lease.dir.join(OVERLAY);
-        let live = Self { registry, lease: Some(lease), running: None };
-        make_disk(blank, &overlay)?;
-        Ok(live)
+    /// Takes over a lease.
+    pub(crate) fn new(registry: Arc<Registry>, lease: Lease) -> Self {
+        Self { registry, lease: Some(lease), running: None }
     }
 
     /// Takes over a lease for commands on the host.
@@ -194,12 +266,15 @@ impl Live {
         spec: &VmSpec,
     ) -> Result<StartTimes, Error> {
         let lease = self.lease.as_ref().ok_or_else(|| unavailable("the machine is gone"))?;
+        let has_disk = lease.dir.join(OVERLAY).exists();
+        let blank = engine.inner.store.overlay_template(spec.disk_mib)?;
         let boot = Boot {
             dir: lease.dir.clone(),
             environment,
             vcpus: spec.vcpu_count,
             memory_mib: spec.mem_mib,
             disk: DiskCache::Unsafe,
+            fresh: (!has_disk).then_some(Fresh { blank: &blank, disk_mib: spec.disk_mib, cold: spec.cold }),
             identity: Identity::fresh(&lease.id)?,
         };
         let (running, times) = engine.boot(&boot, spec.require_isolation).await?;
@@ -253,9 +328,14 @@ impl Identity {
     }
 }
 
-/// Gives a machine its disk: a copy of the blank one.
-pub(crate) fn make_disk(blank: &Path, overlay: &Path) -> Result<(), Error> {
-    copy_sparse(blank, overlay).map_err(|error| {
+/// Gives a machine its disk, a copy of another, in place of any that it has. What is there is whole at any moment.
+pub(crate) fn lay_disk(from: &Path, overlay: &Path) -> Result<(), Error> {
+    let beside = overlay.with_extension("new");
+    let laid = files::remove_if_there(&beside)
+        .and_then(|()| copy_sparse(from, &beside))
+        .and_then(|()| fs_err::rename(&beside, overlay));
+    laid.map_err(|error| {
+        drop(files::remove_if_there(&beside));
         Error::host("the machine's disk could not be made", &error)
             .hint("free some space in the state directory, or set PYRO_STATE_DIR")
     })
@@ -293,52 +373,4 @@ fn last_words(stderr: &str) -> String {
 
 fn last_lines(console: &str) -> String {
     if console.trim().is_empty() { String::new() } else { format!("; console:\n{}", console.trim_end()) }
-}
-
-/// Copies a sparse file without its holes.
-fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
-    let mut source = fs_err::File::open(from)?;
-    let mut target = fs_err::File::create_new(to)?;
-    let length = source.metadata()?.len();
-    let mut position = 0;
-    while position < length {
-        let data = match rustix::fs::seek(source.file(), Region::Data(position)) {
-            Ok(data) => data,
-            // No more data: the rest is a hole.
-            Err(rustix::io::Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let hole = rustix::fs::seek(source.file(), Region::Hole(data))?;
-        source.seek(SeekFrom::Start(data))?;
-        target.seek(SeekFrom::Start(data))?;
-        io::copy(&mut io::Read::take(&mut source, hole - data), &mut target)?;
-        position = hole;
-    }
-    target.flush()?;
-    target.file().set_len(length)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::MetadataExt;
-
-    use super::*;
-
-    #[test]
-    fn a_copy_of_a_sparse_file_is_sparse() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
-        let mut file = fs_err::File::create(&from).expect("created");
-        file.file().set_len(1 << 30).expect("sized");
-        file.seek(SeekFrom::Start(500 << 20)).expect("sought");
-        file.write_all(b"island").expect("written");
-        copy_sparse(&from, &to).expect("copied");
-        let meta = fs_err::metadata(&to).expect("there");
-        assert_eq!(meta.len(), 1 << 30);
-        assert!(meta.blocks() * 512 < 1 << 20, "{} blocks", meta.blocks());
-        let mut read = [0; 6];
-        let file = fs_err::File::open(&to).expect("opened");
-        std::os::unix::fs::FileExt::read_exact_at(file.file(), &mut read, 500 << 20).expect("read");
-        assert_eq!(&read, b"island");
-    }
 }

@@ -26,6 +26,8 @@ pub enum Phase {
     Start(String),
     /// The command runs in the machine of this id.
     Execute(String),
+    /// Something is not as it should be, and is made up for; a sentence.
+    Warning(String),
     /// The command of a task has got this sequence number.
     Sequence(u64),
 }

@@ -52,6 +52,9 @@ pub struct VmRecord {
     pub tap_name: Option<String>,
     pub execution_mode: String,
     pub isolation: String,
+    /// `cold` or `restored`; none before its first start.
+    #[serde(default)]
+    pub start_mode: Option<String>,
     pub metadata: BTreeMap<String, String>,
     pub last_error: Option<String>,
 }
@@ -75,6 +78,7 @@ impl VmRecord {
             tap_name: None,
             execution_mode: "pending".to_owned(),
             isolation: isolation.to_owned(),
+            start_mode: None,
             metadata: BTreeMap::new(),
             last_error: None,
         }

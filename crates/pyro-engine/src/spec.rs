@@ -27,6 +27,8 @@ pub struct VmSpec {
     pub allow_host_compat: bool,
     /// Refuse anything that isolates less.
     pub require_isolation: Option<Isolation>,
+    /// Boot, also where there is a template to go on from.
+    pub cold: bool,
 }
 
 impl VmSpec {
@@ -41,6 +43,7 @@ impl VmSpec {
             network: false,
             allow_host_compat: false,
             require_isolation: None,
+            cold: false,
         }
     }
 

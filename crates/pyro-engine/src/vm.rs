@@ -4,12 +4,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pyro_image::Environment;
+use pyro_vmm::DiskCache;
 use tokio::sync::watch;
 
 use crate::engine::{Engine, may_use_host};
 use crate::error::{Error, ErrorKind};
 use crate::execute::{Cancel, Limit, Output, Place, Subject, carry_out, millis};
-use crate::live::{Live, StartTimes, unavailable};
+use crate::live::{Live, Running, StartTimes, unavailable};
 use crate::observe::{Observer, Phase};
 use crate::record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRecord, VmState};
 use crate::registry::now;
@@ -54,6 +55,9 @@ impl Engine {
                 return Err(error);
             }
         };
+        if let Some(warning) = live.running().and_then(Running::warning) {
+            observer.tell(Phase::Warning(warning.to_owned()));
+        }
         observer.tell(Phase::Execute(record.vm_id.clone()));
         let result = execute(&live, &record, exec, &observer, Cancel::default()).await;
         let cleaning = Instant::now();
@@ -222,7 +226,7 @@ impl Engine {
     /// Checks, builds, takes a slot and makes the disk: all that comes before a boot.
     async fn admit(&self, spec: &VmSpec, observer: &Observer) -> Result<Admitted, Error> {
         self.check(spec)?;
-        let ground = self.ground(spec, observer).await?;
+        let ground = self.ground(spec, DiskCache::Unsafe, observer).await?;
         observer.tell(Phase::Create(spec.environment.clone()));
         let (engine, spec) = (self.clone(), spec.clone());
         self.blocking(move || {
@@ -230,17 +234,13 @@ impl Engine {
             let isolation = ground.as_ref().map_or("none", |(isolation, _)| isolation.as_str());
             let version = ground.as_ref().map_or("", |(_, environment)| environment.version.as_str());
             let digest = ground.as_ref().map(|(_, environment)| environment.digest.clone());
-            let blank = match &ground {
-                Some(_) => Some(inner.store.overlay_template(spec.disk_mib)?),
-                None => None,
-            };
             let (lease, record) = inner.registry.admit(inner.config.max_active_vms, |id| {
                 let mut record = VmRecord::new(id, &spec, version, isolation, now());
                 record.metadata.extend(digest.map(|digest| ("environment_digest".to_owned(), digest)));
                 record
             })?;
-            let live = match &blank {
-                Some(blank) => Live::new(Arc::clone(&inner.registry), lease, blank)?,
+            let live = match &ground {
+                Some(_) => Live::new(Arc::clone(&inner.registry), lease),
                 None => Live::on_host(Arc::clone(&inner.registry), lease)?,
             };
             Ok(Admitted { record, environment: ground.map(|(_, environment)| environment), live })
@@ -265,15 +265,16 @@ impl Engine {
                 if let Some(running) = live.running() {
                     running.execution_mode.clone_into(&mut record.execution_mode);
                     running.isolation.as_str().clone_into(&mut record.isolation);
-                    let confinement = running.machine.confinement().to_string();
-                    record.metadata.insert("confinement".to_owned(), confinement);
+                    record.start_mode = Some(running.start_mode().to_owned());
+                    running.describe(&mut record.metadata);
                 }
                 Ok(times)
             }
             Err(error) if may_use_host(spec, &error) => {
                 live.move_to_host()?;
                 "host_compat".clone_into(&mut record.execution_mode);
-                record.metadata.remove("confinement");
+                record.start_mode = None;
+                Running::forget_in(&mut record.metadata);
                 "none".clone_into(&mut record.isolation);
                 record.metadata.insert("host_compat_reason".to_owned(), error.to_string());
                 Ok(StartTimes::default())
@@ -349,7 +350,7 @@ async fn execute(
         environment_version: record.environment_version.clone(),
         execution_mode: record.execution_mode.clone(),
         isolation: record.isolation.clone(),
-        start_mode: "cold".to_owned(),
+        start_mode: record.start_mode.clone().unwrap_or_else(|| "cold".to_owned()),
     };
     Ok(output.result(subject, command, outcome, millis(began.elapsed())).await)
 }

@@ -30,12 +30,17 @@ pub(crate) fn of_file(path: &Path, cancelled: &dyn Fn() -> bool) -> Result<Strin
     }
 }
 
+/// The digest of bytes in memory.
+pub(crate) fn of_bytes(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
 /// Whether `text` has the form of a digest, and so may be part of a path.
 pub(crate) fn is_digest(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     bytes
         .iter()

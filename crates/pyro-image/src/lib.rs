@@ -22,6 +22,7 @@ mod initramfs;
 mod lock;
 mod manifest;
 mod progress;
+mod sparse;
 mod staging;
 mod store;
 mod tool;
@@ -31,5 +32,9 @@ pub use self::debian::DebianError;
 pub use self::error::ImageError;
 pub use self::manifest::{FileRecord, Manifest, ManifestError, Package};
 pub use self::progress::{Progress, Silent};
-pub use self::store::{Check, Entry, Environment, Inspection, Pruned, Pulled, Store, StoreConfig};
+pub use self::sparse::copy_sparse;
+pub use self::store::{
+    Check, Entry, Environment, Inspection, Pruned, Pulled, Store, StoreConfig, Template, TemplateBuild,
+    TemplateEntry, TemplateFiles, TemplateShape,
+};
 pub use self::tool::ToolError;

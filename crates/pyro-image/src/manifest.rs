@@ -107,6 +107,25 @@ pub(crate) struct InitramfsManifest {
     pub(crate) file: FileRecord,
 }
 
+/// A saved machine that others go on from; see `store::templates`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct TemplateManifest {
+    pub(crate) format_version: u32,
+    pub(crate) environment: String,
+    pub(crate) rootfs_digest: String,
+    pub(crate) kernel_digest: String,
+    pub(crate) agent_digest: String,
+    pub(crate) vcpu_count: u8,
+    pub(crate) mem_mib: u32,
+    pub(crate) disk_mib: u32,
+    /// The VMM and its settings.
+    pub(crate) machine: String,
+    pub(crate) tsc_khz: Option<u32>,
+    /// Epoch seconds.
+    pub(crate) created_at: u64,
+    pub(crate) files: BTreeMap<String, FileRecord>,
+}
+
 impl Manifest {
     /// Decodes and checks a manifest.
     ///
@@ -135,6 +154,16 @@ impl Pointer {
         let pointer: Self = parse(bytes)?;
         check_digest(&pointer.digest, "digest")?;
         Ok(pointer)
+    }
+}
+
+impl TemplateManifest {
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
+        let manifest: Self = parse(bytes)?;
+        check_digest(&manifest.rootfs_digest, "rootfs_digest")?;
+        check_digest(&manifest.kernel_digest, "kernel_digest")?;
+        check_files(&manifest.files)?;
+        Ok(manifest)
     }
 }
 
@@ -210,7 +239,7 @@ impl FileRecord {
         Self::with_digest(path, sha256).map_err(DigestError::Read)
     }
 
-    fn with_digest(path: &Path, sha256: String) -> std::io::Result<Self> {
+    pub(crate) fn with_digest(path: &Path, sha256: String) -> std::io::Result<Self> {
         let metadata = fs_err::symlink_metadata(path)?;
         Ok(Self {
             sha256,

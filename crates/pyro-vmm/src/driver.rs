@@ -4,7 +4,7 @@ use crate::error::LaunchError;
 use crate::firecracker::Firecracker;
 use crate::machine::Machine;
 use crate::qemu::Qemu;
-use crate::spec::{BackendKind, Capabilities, MachineSpec, Snapshot};
+use crate::spec::{BackendKind, Capabilities, Fingerprint, MachineSpec, Snapshot};
 use crate::{Accel, Vmm};
 
 /// A driver with its settings.
@@ -44,6 +44,13 @@ impl Vmm for Driver {
         match self {
             Self::Firecracker(driver) => driver.capabilities(),
             Self::Qemu(driver) => driver.capabilities(),
+        }
+    }
+
+    fn fingerprint(&self, spec: &MachineSpec) -> Fingerprint {
+        match self {
+            Self::Firecracker(driver) => driver.fingerprint(spec),
+            Self::Qemu(driver) => driver.fingerprint(spec),
         }
     }
 

@@ -15,6 +15,7 @@ mod driver;
 mod error;
 mod firecracker;
 pub mod host;
+mod kernel_args;
 mod machine;
 mod process;
 mod qemu;
@@ -29,12 +30,18 @@ pub use firecracker::{Confine, Firecracker, FirecrackerConfig, forget, source};
 pub use machine::{Machine, MachineEnd, MachineExit};
 pub use qemu::qmp;
 pub use qemu::{Accel, Qemu, QemuConfig};
-pub use spec::{BackendKind, Capabilities, Channel, DiskCache, Isolation, MachineSpec, Snapshot, VSOCK_PORT};
+pub use spec::{
+    BackendKind, Capabilities, Channel, DiskCache, Fingerprint, Isolation, MachineSpec, Snapshot, VSOCK_PORT,
+};
 
 /// One way to run a microVM: a VMM program with its settings.
 pub trait Vmm: Send + Sync {
     /// What machines of this VMM can do and how strongly they isolate.
     fn capabilities(&self) -> Capabilities;
+
+    /// What a saved machine and the one that goes on from it must have in common, besides the sizes of the spec and the
+    /// contents of its files.
+    fn fingerprint(&self, spec: &MachineSpec) -> Fingerprint;
 
     /// Starts a machine; it resolves when the VMM has accepted the whole configuration and the guest runs.
     ///

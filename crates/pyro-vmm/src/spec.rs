@@ -109,6 +109,16 @@ pub struct Snapshot {
     pub memory: PathBuf,
 }
 
+/// What a saved machine can be restored by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fingerprint {
+    /// The VMM, its settings and, where the processor runs the guest, that processor; any difference forbids it.
+    pub machine: String,
+    /// The rate at which the guest believes its clock to run, in kHz; another host's differs by more than the error of
+    /// its measurement.
+    pub tsc_khz: Option<u32>,
+}
+
 /// How the host caches writes to the overlay disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DiskCache {

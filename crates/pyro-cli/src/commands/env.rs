@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use pyro_engine::{Engine, FIRECRACKER_VERSION, Observer, Phase, VERSION};
+use pyro_engine::{Engine, FIRECRACKER_VERSION, Observer, Phase, VERSION, VmSpec};
 use serde_json::json;
 
-use crate::cli::EnvVerb;
+use crate::cli::{EnvVerb, KernelArgs, PullArgs};
 use crate::config;
 use crate::failure::Failure;
 use crate::printer::Printer;
@@ -15,9 +15,10 @@ pub(crate) async fn run(verb: EnvVerb, printer: &Printer) -> Result<ExitCode, Fa
     let engine = Engine::open(config::engine(None)?)?;
     match verb {
         EnvVerb::List(_) => list(&engine, printer)?,
-        EnvVerb::Pull(args) => pull(&engine, &args.environment, printer).await?,
+        EnvVerb::Pull(args) => pull(&engine, args, printer).await?,
         EnvVerb::Inspect(args) => inspect(&engine, &args.environment, printer)?,
         EnvVerb::Prune(_) => prune(&engine, printer)?,
+        EnvVerb::Kernel(args) => kernel(&engine, &args, printer)?,
         EnvVerb::Firecracker(args) => firecracker(&engine, args.from, printer).await?,
     }
     Ok(ExitCode::SUCCESS)
@@ -37,20 +38,40 @@ fn list(engine: &Engine, printer: &Printer) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn pull(engine: &Engine, name: &str, printer: &Printer) -> Result<(), Failure> {
+async fn pull(engine: &Engine, args: PullArgs, printer: &Printer) -> Result<(), Failure> {
     let words = printer.clone();
     let observer = Observer::none().on_phase(move |phase| {
         if let Phase::Environment(step, detail) = phase {
             words.step(&step, &detail);
         }
     });
-    let pulled = engine.pull(name, &observer).await?;
+    let name = args.environment.environment;
+    let pulled = engine.pull(&name, &observer).await?;
+    let mut templates = None;
+    if args.prepare {
+        let spec = VmSpec {
+            vcpu_count: u8::try_from(args.vcpu_count).unwrap_or(0),
+            mem_mib: u32::try_from(args.mem_mib).unwrap_or(0),
+            disk_mib: u32::try_from(args.disk_mib).unwrap_or(0),
+            ..VmSpec::new(&name)
+        };
+        templates = Some(engine.prepare_templates(&spec, &observer).await?);
+    }
     printer.settle();
     if printer.json() {
-        printer.object(&pulled);
-    } else {
-        let digest = pulled.entry.source_digest.as_deref().unwrap_or_default();
-        printer.data(&format!("Pulled: {name} ({digest}) from {}", pulled.source));
+        let mut object =
+            serde_json::to_value(&pulled).map_err(|error| Failure::host("the result", &error))?;
+        if let Some(templates) = templates {
+            object["templates"] = json!(templates);
+        }
+        printer.object(&object);
+        return Ok(());
+    }
+    let digest = pulled.entry.source_digest.as_deref().unwrap_or_default();
+    printer.data(&format!("Pulled: {name} ({digest}) from {}", pulled.source));
+    for template in templates.into_iter().flatten() {
+        let made = if template.made { "made" } else { "there already" };
+        printer.data(&format!("Template: {} ({made})", template.id));
     }
     Ok(())
 }
@@ -59,6 +80,26 @@ fn inspect(engine: &Engine, name: &str, printer: &Printer) -> Result<(), Failure
     let inspection = engine.environments().inspect(name).map_err(pyro_engine::Error::from)?;
     // The object is the human form too: it is a list of facts.
     printer.object(&inspection);
+    Ok(())
+}
+
+fn kernel(engine: &Engine, args: &KernelArgs, printer: &Printer) -> Result<(), Failure> {
+    let store = engine.environments();
+    if let Some(image) = &args.from {
+        store.use_kernel(image).map_err(pyro_engine::Error::from)?;
+    } else if args.remove {
+        store.forget_kernel().map_err(pyro_engine::Error::from)?;
+    }
+    let used = store.kernel_in_use().map_err(pyro_engine::Error::from)?;
+    if printer.json() {
+        let (digest, release) = used.unzip();
+        printer.object(&json!({ "own_kernel_digest": digest, "own_kernel_release": release }));
+        return Ok(());
+    }
+    printer.data(&match used {
+        Some((digest, release)) => format!("Kernel: {release} (sha256:{digest}), for all environments"),
+        None => "Kernel: each environment's own".to_owned(),
+    });
     Ok(())
 }
 

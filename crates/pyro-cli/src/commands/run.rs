@@ -38,8 +38,13 @@ pub(crate) async fn run(args: RunArgs, printer: &Printer) -> Result<ExitCode, Fa
         printer.warn("warning: no guest could be had; the command ran on this host, without isolation");
     }
     printer.say(&format!(
-        "[run] environment={} execution_mode={} isolation={} exit_code={} duration_ms={:.0}",
-        result.environment, result.execution_mode, result.isolation, result.exit_code, result.duration_ms
+        "[run] environment={} execution_mode={} isolation={} exit_code={} duration_ms={:.0} start_mode={}",
+        result.environment,
+        result.execution_mode,
+        result.isolation,
+        result.exit_code,
+        result.duration_ms,
+        result.start_mode
     ));
     Ok(exit(result.exit_code))
 }
@@ -81,6 +86,7 @@ pub(super) fn machine(args: MachineArgs) -> Result<VmSpec, Failure> {
         network: args.network,
         allow_host_compat: args.allow_host_compat,
         require_isolation: args.require_isolation.map(Isolation::from),
+        cold: args.cold,
         ..VmSpec::new(args.environment)
     })
 }
@@ -103,6 +109,7 @@ pub(super) fn telling(
             printer.turn("booting".to_owned());
         }
         Phase::Execute(id) => printer.phase(prefix, &format!("phase=execute {}={id}", noun(prefix))),
+        Phase::Warning(warning) => printer.warn(&format!("warning: {warning}")),
         Phase::Sequence(_) => {}
     }
 }

@@ -12,7 +12,7 @@ use pyro_vmm::{DiskCache, Driver, MachineSpec, Snapshot, Vmm};
 use crate::error::Error;
 use crate::execute::{Cancel, Limit, Outcome, Place, Sink, carry_out};
 use crate::guest::{Chunk, Identity, Stream};
-use crate::live::{OVERLAY, Running, make_disk, meet};
+use crate::live::{OVERLAY, Running, lay_disk, meet};
 use crate::spec::{Command, ExecSpec};
 
 /// A machine may be emulated twice over, on a busy host.
@@ -56,7 +56,7 @@ impl Bench {
             copy_without_zeros(&self.files.join("overlay"), &blank);
             blank
         });
-        make_disk(blank, &dir.join(OVERLAY)).expect("a disk");
+        lay_disk(blank, &dir.join(OVERLAY)).expect("a disk");
         self.spec_in(dir)
     }
 
@@ -103,7 +103,9 @@ impl Bench {
         let met = met.unwrap_or_else(|_| panic!("no answer: {}", machine.console_tail()));
         let guest = met.unwrap_or_else(|error| panic!("{error}: {}", machine.console_tail()));
         let isolation = self.driver.capabilities().isolation;
-        Guest { running: Running { machine, guest, execution_mode: "guest", isolation }, dir }
+        let (restored, cold_reason) = (false, None);
+        let running = Running { machine, guest, execution_mode: "guest", isolation, restored, cold_reason };
+        Guest { running, dir }
     }
 }
 
@@ -130,7 +132,9 @@ fn identity(dir: &Path) -> Identity {
 
 impl Guest {
     pub(super) async fn sh(&self, script: &str) -> Done {
-        self.run(ExecSpec::new(Command::Shell(script.to_owned()))).await
+        let mut spec = ExecSpec::new(Command::Shell(script.to_owned()));
+        spec.timeout_seconds = DEADLINE.as_secs_f64();
+        self.run(spec).await
     }
 
     /// What a script prints, that ends well.
@@ -141,8 +145,7 @@ impl Guest {
     }
 
     pub(super) async fn run(&self, spec: ExecSpec) -> Done {
-        let asked = if spec.timeout_seconds == 30.0 { DEADLINE.as_secs_f64() } else { spec.timeout_seconds };
-        let limit = Limit { asked, left: 3600.0 };
+        let limit = Limit { asked: spec.timeout_seconds, left: 3600.0 };
         let mut done = Collected::default();
         let outcome = carry_out(Place::Guest(&self.running), spec, limit, &mut done, Cancel::default()).await;
         let outcome =

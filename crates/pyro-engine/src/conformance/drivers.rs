@@ -1,43 +1,39 @@
-//! The drivers that can be had here, or why one cannot.
+//! The drivers that can be had here, as an engine chooses them, or why one cannot.
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 
-use pyro_vmm::host::{HostFacts, find_qemu, firecracker_version, qemu_version};
-use pyro_vmm::{Accel, Confine, Driver, Firecracker, FirecrackerConfig, Qemu, QemuConfig, source};
+use pyro_vmm::{Confine, Driver};
+
+use crate::engine::{Engine, EngineConfig};
 
 pub(super) fn qemu() -> Result<Driver, String> {
-    let cache = tempfile::tempdir().expect("a directory");
-    let cache = cache.path().join("host.json");
-    let binary = find_qemu(&search_path()).ok_or("there is no QEMU")?;
-    let version = qemu_version(&binary, &cache).expect("it tells its version");
-    let facts = HostFacts::load(&cache);
-    let accel = if facts.kvm.usable { Accel::Kvm } else { Accel::Tcg { tsc_khz: facts.tsc_khz } };
-    let config = QemuConfig { binary, version: version.version, sandbox: version.sandbox, accel };
-    Ok(Driver::Qemu(Qemu::new(config)))
+    driver("qemu")
 }
 
 pub(super) fn firecracker() -> Result<(&'static str, Driver), String> {
-    let cache = tempfile::tempdir().expect("a directory");
-    let cache = cache.path().join("host.json");
-    let facts = HostFacts::load(&cache);
-    if !facts.kvm.usable {
-        return Err(format!("no usable KVM ({}); `make test-firecracker` brings one", facts.kvm.why));
-    }
-    let named = std::env::var_os("PYRO_FIRECRACKER").map(PathBuf::from);
-    let found = source::find(named.as_deref(), "/nonexistent".as_ref(), &search_path());
-    let found = found.expect("what is named is there").ok_or("there is no Firecracker")?;
-    let version = firecracker_version(&found.firecracker, &cache).expect("it tells its version");
-    let (name, confine) = match found.jailer {
-        Some(jailer) if rustix::process::geteuid().is_root() => {
-            ("firecracker, jailer", Confine::Jailer(jailer))
-        }
-        _ => ("firecracker, namespaces", Confine::Namespaces),
+    let driver = driver("firecracker").map_err(|why| format!("{why}; `make test-firecracker` brings one"))?;
+    let Driver::Firecracker(firecracker) = &driver else { return Err("it is another VMM".to_owned()) };
+    let name = match firecracker.config().confine {
+        Confine::Jailer(_) => "firecracker, jailer",
+        Confine::Namespaces => "firecracker, namespaces",
     };
-    let config = FirecrackerConfig { binary: found.firecracker, version, confine, omitted: None };
-    Ok((name, Driver::Firecracker(Firecracker::new(config))))
+    Ok((name, driver))
 }
 
-fn search_path() -> OsString {
-    std::env::var_os("PATH").unwrap_or_default()
+fn driver(backend: &str) -> Result<Driver, String> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = EngineConfig {
+        state_dir: dir.path().join("state"),
+        cache_dir: dir.path().join("cache"),
+        apt_sources: None,
+        tool_path: std::env::var_os("PATH").unwrap_or_default(),
+        backend: Some(backend.to_owned()),
+        firecracker: std::env::var_os("PYRO_FIRECRACKER").map(PathBuf::from),
+        max_active_vms: 1,
+        max_ttl_seconds: 60,
+        template_limit_mib: 0,
+        supervisor: None,
+    };
+    let engine = Engine::open(config).expect("opened");
+    engine.vmm().map_err(|error| error.to_string())
 }

@@ -7,7 +7,7 @@ use pyro_vmm::{Driver, MachineEnd, MachineSpec, Vmm};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::bench::{Bench, DEADLINE, Guest};
-use crate::live::{OVERLAY, make_disk};
+use crate::live::{OVERLAY, lay_disk};
 use crate::record::Fault;
 
 pub(super) async fn pause(guest: &Guest) {
@@ -83,16 +83,14 @@ pub(super) async fn restores(bench: &Bench) {
     for (from, to) in [(&saved.state, "state"), (&saved.memory, "memory")] {
         fs_err::rename(from, kept.dir.join(to)).expect("moved");
     }
-    fs_err::remove_file(kept.dir.join(OVERLAY)).expect("removed");
-    make_disk(&spec.dir.join(OVERLAY), &kept.dir.join(OVERLAY)).expect("copied");
+    lay_disk(&spec.dir.join(OVERLAY), &kept.dir.join(OVERLAY)).expect("copied");
     guest.running.machine.kill().await;
     let saved = pyro_vmm::Snapshot { state: kept.dir.join("state"), memory: kept.dir.join("memory") };
 
     let mut random = Vec::new();
     for _ in 0..2 {
         let spec = bench.spec();
-        fs_err::remove_file(spec.dir.join(OVERLAY)).expect("removed");
-        make_disk(&kept.dir.join(OVERLAY), &spec.dir.join(OVERLAY)).expect("copied");
+        lay_disk(&kept.dir.join(OVERLAY), &spec.dir.join(OVERLAY)).expect("copied");
         let copy = bench.restore(spec, &saved).await;
         super::confinement::is_there(bench, &copy);
         assert_eq!(copy.text("cat /dev/shm/note").await, "remembered");

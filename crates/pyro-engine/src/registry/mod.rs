@@ -115,6 +115,11 @@ impl Registry {
         }
     }
 
+    /// A machine's directory and its lock without a row: it takes no slot, and goes by the sweep like any other's.
+    pub(crate) fn lease_directory(&self) -> Result<Lease, Error> {
+        self.new_lease("vms")
+    }
+
     /// Replaces a machine's row.
     pub(crate) fn update(&self, record: &VmRecord) -> Result<(), Error> {
         self.connection().execute(

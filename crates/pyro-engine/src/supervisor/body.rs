@@ -8,7 +8,7 @@ use pyro_vmm::{DiskCache, Isolation, MachineEnd, MachineExit};
 use super::Supervisor;
 use crate::error::{Error, ErrorKind};
 use crate::guest::Identity;
-use crate::live::{Boot, Running};
+use crate::live::{Boot, Fresh, OVERLAY, Running};
 use crate::record::{Fault, VmState};
 use crate::task::TaskFile;
 
@@ -33,7 +33,7 @@ impl Supervisor {
                 self.make_workspace()?;
                 let reason = error.to_string();
                 self.file().metadata.insert("host_compat_reason".to_owned(), reason);
-                self.file().metadata.remove("confinement");
+                Running::forget_in(&mut self.file().metadata);
                 "none".clone_into(&mut self.file().isolation);
                 (Body::Host, "host_compat")
             }
@@ -69,6 +69,8 @@ impl Supervisor {
             return Err(crate::live::unavailable("no VMM is installed"));
         };
         let file = self.file().clone();
+        let has_disk = self.directory.path().join(OVERLAY).exists();
+        let blank = self.engine.inner.store.overlay_template(file.disk_mib)?;
         let boot = Boot {
             dir: self.directory.path().to_owned(),
             environment,
@@ -76,24 +78,17 @@ impl Supervisor {
             memory_mib: file.mem_mib,
             // What the guest has synced is kept, also when the host goes down.
             disk: DiskCache::Writeback,
+            fresh: (!has_disk).then_some(Fresh { blank: &blank, disk_mib: file.disk_mib, cold: self.cold }),
             identity: Identity { hostname: format!("pyro-{}", self.id), machine_id: file.machine_id.clone() },
         };
-        let isolation = self.engine.isolation()?;
-        // A name that this version does not know is more than it can give.
-        let required = file.require_isolation.as_deref();
-        if let Some(required) = required
-            && Isolation::named(required).is_none_or(|required| isolation < required)
-        {
-            let text = format!("isolation '{required}' was required; this host gives '{isolation}'");
-            return Err(
-                Error::new(ErrorKind::IsolationUnavailable, text).hint("run `pyro doctor` to see why")
-            );
-        }
-        let (running, _times) = self.engine.boot(&boot, required.and_then(Isolation::named)).await?;
-        self.file().metadata.remove("host_compat_reason");
-        running.isolation.as_str().clone_into(&mut self.file().isolation);
-        let confinement = running.machine.confinement().to_string();
-        self.file().metadata.insert("confinement".to_owned(), confinement);
+        let required = file.require_isolation.as_deref().map(required).transpose()?;
+        let (running, _times) = self.engine.boot(&boot, required).await?;
+        let mut file = self.file();
+        file.metadata.remove("host_compat_reason");
+        running.isolation.as_str().clone_into(&mut file.isolation);
+        running.start_mode().clone_into(&mut file.start_mode);
+        running.describe(&mut file.metadata);
+        drop(file);
         Ok(running)
     }
 
@@ -191,6 +186,14 @@ impl Supervisor {
         };
         drop(self.note_stopped(Some(format!("{name}: {}", exit.status))));
     }
+}
+
+/// The tier that a record names. A name that this version does not know is more than it can give.
+fn required(name: &str) -> Result<Isolation, Error> {
+    Isolation::named(name).ok_or_else(|| {
+        let text = format!("isolation '{name}' was required, which this pyro does not know");
+        Error::new(ErrorKind::IsolationUnavailable, text).hint("use the newer pyro that made the task")
+    })
 }
 
 impl Body {

@@ -58,6 +58,8 @@ pub(crate) struct Supervisor {
     lock: Mutex<Option<File>>,
     /// Whether commands can be run now.
     runs: watch::Sender<bool>,
+    /// Boot the guest of a new task, also where there is a template.
+    cold: bool,
     /// True once the task is gone.
     gone: watch::Sender<bool>,
 }
@@ -72,7 +74,7 @@ pub async fn supervise() -> io::Result<()> {
     let (kind, id) = (order.kind, order.file.task_id.clone());
     let config = EngineConfig::from(order.config);
     let state_dir = config.state_dir.clone();
-    let supervisor = match Supervisor::open(config, order.file, lock).await {
+    let supervisor = match Supervisor::open(config, order.file, order.cold, lock).await {
         Ok(supervisor) => Arc::new(supervisor),
         Err((error, lock)) => {
             abandon(&state_dir, &id, kind, lock);
@@ -129,7 +131,12 @@ fn take_over() -> Handed {
 }
 
 impl Supervisor {
-    async fn open(config: EngineConfig, file: TaskFile, lock: File) -> Result<Self, (Error, File)> {
+    async fn open(
+        config: EngineConfig,
+        file: TaskFile,
+        cold: bool,
+        lock: File,
+    ) -> Result<Self, (Error, File)> {
         let opened = Self::prepare(config, &file);
         let (engine, directory, environment, last) = match opened {
             Ok(opened) => opened,
@@ -147,6 +154,7 @@ impl Supervisor {
             gate: tokio::sync::Mutex::new(()),
             lock: Mutex::new(Some(lock)),
             runs: watch::Sender::new(false),
+            cold,
             gone: watch::Sender::new(false),
         })
     }

@@ -10,18 +10,19 @@ use std::process::Stdio;
 use std::sync::Arc;
 
 use pyro_process::Spawn;
+use pyro_vmm::DiskCache;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::{Engine, EngineConfig};
 use crate::error::{Error, ErrorKind};
 use crate::files;
-use crate::live::make_disk;
 use crate::observe::{Observer, Phase};
 use crate::record::VmState;
 use crate::registry::{Registry, now};
 use crate::spec::VmSpec;
 use crate::task::file::{LAYOUT_VERSION, TaskFile, boot_id, boottime};
 use crate::task::{TaskDirectory, TaskRecord, socket};
+use crate::template::NO_TEMPLATE;
 
 /// The numbers under which a supervisor finds what it is handed.
 pub(crate) const LOCK_FD: RawFd = 3;
@@ -41,6 +42,8 @@ pub(crate) enum Kind {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Order {
     pub(crate) kind: Kind,
+    /// Boot a new task's guest, also where there is a template.
+    pub(crate) cold: bool,
     pub(crate) config: OrderConfig,
     pub(crate) file: TaskFile,
 }
@@ -54,6 +57,7 @@ pub(crate) struct OrderConfig {
     firecracker: Option<OsString>,
     tool_path: OsString,
     backend: Option<String>,
+    template_limit_mib: u64,
     max_active_vms: u32,
     max_ttl_seconds: u32,
 }
@@ -74,6 +78,7 @@ impl From<&EngineConfig> for OrderConfig {
             firecracker: config.firecracker.clone().map(Into::into),
             tool_path: config.tool_path.clone(),
             backend: config.backend.clone(),
+            template_limit_mib: config.template_limit_mib,
             max_active_vms: config.max_active_vms,
             max_ttl_seconds: config.max_ttl_seconds,
         }
@@ -89,6 +94,7 @@ impl From<OrderConfig> for EngineConfig {
             firecracker: config.firecracker.map(Into::into),
             tool_path: config.tool_path,
             backend: config.backend,
+            template_limit_mib: config.template_limit_mib,
             max_active_vms: config.max_active_vms,
             max_ttl_seconds: config.max_ttl_seconds,
             supervisor: None,
@@ -121,7 +127,7 @@ impl Engine {
     /// the guest does not boot. Nothing is left then; nor is it when the future is dropped.
     pub async fn create_task(&self, spec: VmSpec, observer: Observer) -> Result<TaskRecord, Error> {
         self.check(&spec)?;
-        let ground = self.ground(&spec, &observer).await?;
+        let ground = self.ground(&spec, DiskCache::Writeback, &observer).await?;
         observer.tell(Phase::Create(spec.environment.clone()));
         let isolation = ground.as_ref().map_or("none", |(isolation, _)| isolation.as_str());
         let mut file = TaskFile {
@@ -149,11 +155,9 @@ impl Engine {
             last_error: None,
         };
         let engine = self.clone();
-        let has_guest = ground.is_some();
         let (mut unborn, file) = self
             .blocking(move || {
                 let inner = &engine.inner;
-                let blank = if has_guest { Some(inner.store.overlay_template(file.disk_mib)?) } else { None };
                 let lease = inner.registry.bear_task(inner.config.max_active_vms)?;
                 let directory = TaskDirectory::new(lease.dir.clone());
                 let unborn = Unborn {
@@ -162,9 +166,6 @@ impl Engine {
                     lock: Some(lease.lock),
                 };
                 directory.furnish().map_err(|error| Error::state(directory.path(), &error))?;
-                if let Some(blank) = blank {
-                    make_disk(&blank, &directory.path().join(crate::live::OVERLAY))?;
-                }
                 file.task_id = lease.id;
                 Ok((unborn, file))
             })
@@ -174,13 +175,17 @@ impl Engine {
         let lock = unborn.lock.as_ref().map(File::try_clone);
         let lock = lock.transpose().map_err(|error| Error::host("a descriptor", &error))?;
         let lock = lock.ok_or_else(|| Error::new(ErrorKind::Host, "the task has no lock"))?;
-        let report = self.spawn_supervisor(lock, Kind::Create, file)?;
+        let report = self.spawn_supervisor(lock, Kind::Create, spec.cold, file)?;
         // It is the supervisor's from here on: where nobody waits for its report any more, it removes the task.
         drop(unborn.lock.take());
         hear(report, &id).await?;
         // The environment stays leased until the supervisor has its own lease.
         drop(ground);
-        self.status_task(&id).await
+        let record = self.status_task(&id).await?;
+        if let Some(reason) = record.metadata.get("cold_reason").filter(|reason| *reason != NO_TEMPLATE) {
+            observer.tell(Phase::Warning(reason.clone()));
+        }
+        Ok(record)
     }
 
     /// Gives a stopped task a new supervisor, which boots its guest.
@@ -193,7 +198,7 @@ impl Engine {
             move || engine.inner.registry.readmit_task(cap, &id)
         })
         .await?;
-        let report = self.spawn_supervisor(lock, Kind::Start, file);
+        let report = self.spawn_supervisor(lock, Kind::Start, false, file);
         let heard = match report {
             Ok(report) => hear(report, &id).await,
             Err(error) => Err(error),
@@ -206,7 +211,7 @@ impl Engine {
         heard
     }
 
-    fn spawn_supervisor(&self, lock: File, kind: Kind, file: TaskFile) -> Result<File, Error> {
+    fn spawn_supervisor(&self, lock: File, kind: Kind, cold: bool, file: TaskFile) -> Result<File, Error> {
         let inner = &self.inner;
         let program = inner.config.supervisor.as_deref().ok_or_else(|| {
             Error::new(ErrorKind::Host, "this engine has no supervisor program, so it makes no tasks")
@@ -215,7 +220,7 @@ impl Engine {
         let directory = TaskDirectory::new(inner.registry.state_dir().join("tasks").join(&id));
         let failed = |what: &str, error: &io::Error| Error::host(what, error);
         let listener = socket::bind(&directory).map_err(|error| failed("the task's socket", &error))?;
-        let order = Order { kind, config: OrderConfig::from(&inner.config), file };
+        let order = Order { kind, cold, config: OrderConfig::from(&inner.config), file };
         let order = serde_json::to_vec(&order).map_err(|error| Error::host("the order", &error))?;
         let (order_read, order_write) = io::pipe().map_err(|error| failed("a pipe", &error))?;
         let (ready_read, ready_write) = io::pipe().map_err(|error| failed("a pipe", &error))?;

@@ -61,8 +61,11 @@ pub enum KernelError {
     /// The kernel image is damaged.
     #[error("the kernel image cannot be unpacked")]
     Image(#[source] BzImageError),
+    /// It is no uncompressed kernel for x86-64.
+    #[error("it is no uncompressed x86-64 kernel (vmlinux)")]
+    NoKernel,
     /// The package holds more than any kernel has.
-    #[error("the package's modules are too large")]
+    #[error("it is too large")]
     TooLarge,
     /// The caller asked to stop.
     #[error("cancelled")]
@@ -104,6 +107,18 @@ pub(crate) fn unpack_package(
         }
     }
     Err(KernelError::Missing("contents"))
+}
+
+/// What an uncompressed kernel calls its release.
+pub(crate) fn release_of(image: &[u8]) -> Result<String, KernelError> {
+    const BANNER: &[u8] = b"Linux version ";
+    const LONGEST: usize = 128;
+    // An ELF file of 64 bits, little endian, for x86-64.
+    let elf = image.starts_with(b"\x7fELF\x02\x01") && image.get(18..20) == Some(&[62, 0]);
+    let banner = image.windows(BANNER.len()).position(|window| window == BANNER);
+    let rest = banner.filter(|_| elf).map(|at| &image[at + BANNER.len()..]).ok_or(KernelError::NoKernel)?;
+    let name: Vec<u8> = rest.iter().copied().take(LONGEST).take_while(u8::is_ascii_graphic).collect();
+    String::from_utf8(name).ok().filter(|name| !name.is_empty()).ok_or(KernelError::NoKernel)
 }
 
 fn unpack_data(data: impl Read, cancelled: &dyn Fn() -> bool) -> Result<Kernel, KernelError> {

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::Store;
 use super::paths::{MANIFEST, POINTER, ROOTFS};
+use super::{Store, TemplateEntry};
 use crate::ImageError;
 use crate::catalog::Definition;
 use crate::digest::{self, DigestError};
@@ -66,10 +66,14 @@ pub struct Inspection {
     pub kernel_digest: Option<String>,
     /// The kernel's release name.
     pub kernel_release: Option<String>,
+    /// The release name of the kernel that guests boot with instead, if there is one.
+    pub own_kernel_release: Option<String>,
     /// Length of the root file system in bytes.
     pub rootfs_bytes: Option<u64>,
     /// What is installed in it, sorted by name.
     pub packages: Vec<Package>,
+    /// Saved machines of it, that new ones go on from.
+    pub templates: Vec<TemplateEntry>,
 }
 
 /// The result of a pull.
@@ -200,8 +204,10 @@ impl Store {
             rootfs_digest: None,
             kernel_digest: None,
             kernel_release: None,
+            own_kernel_release: None,
             rootfs_bytes: None,
             packages: Vec::new(),
+            templates: Vec::new(),
         };
         let Some(installation) = self.installation(definition)? else { return Ok(inspection) };
         inspection.problems.extend(installation.verify(&|| false)?);
@@ -212,6 +218,9 @@ impl Store {
             }
             None => inspection.problems.push("the kernel is missing".to_owned()),
         }
+        inspection.own_kernel_release = self.kernel_in_use()?.map(|(_digest, release)| release);
+        inspection.templates = self.templates_of(&installation.manifest.digest)?;
+        // A template that is damaged is not used, and so is no damage of the environment.
         inspection.verified = inspection.problems.is_empty();
         inspection.rootfs_bytes = installation.record().map(|record| record.size);
         inspection.rootfs_digest = Some(installation.manifest.digest);

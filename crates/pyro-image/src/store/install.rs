@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::entry::{Installation, Pulled};
+use super::kernels::StoredKernel;
 use super::paths::{MANIFEST, POINTER, ROOTFS};
 use super::{Environment, Store};
 use crate::catalog::Definition;
@@ -137,10 +138,6 @@ impl Store {
     ) -> Result<Option<Environment>, ImageError> {
         let cancelled = || progress.cancelled();
         let Some(rootfs_lease) = shared(&installation.directory)? else { return Ok(None) };
-        let kernel_digest = &installation.manifest.kernel_digest;
-        let Some(kernel_lease) = shared(&self.paths.kernel(kernel_digest))? else { return Ok(None) };
-        let Some(kernel) = self.stored_kernel(kernel_digest)? else { return Ok(None) };
-
         // What looks touched and is whole gets its present times written down, so that the next look is cheap again.
         if scrutiny == Scrutiny::Full || !installation.looks_untouched() {
             progress.phase("verifying", definition.name);
@@ -151,6 +148,34 @@ impl Store {
                 refresh(installation, &cancelled)?;
             }
         }
+        let Some((kernel, kernel_lease)) = self.kernel_for(installation, scrutiny, progress)? else {
+            return Ok(None);
+        };
+        let (initramfs, initramfs_lease) = self.initramfs(&kernel)?;
+        Ok(Some(Environment {
+            name: definition.name.to_owned(),
+            version: installation.manifest.version.clone(),
+            digest: installation.manifest.digest.clone(),
+            kernel_digest: kernel.manifest.digest.clone(),
+            kernel: kernel.image(),
+            initramfs,
+            rootfs: installation.rootfs(),
+            leases: [rootfs_lease, kernel_lease, initramfs_lease],
+        }))
+    }
+
+    /// The kernel that guests of an installation boot with, and a lease on it: one's own, or that of the installation.
+    fn kernel_for(
+        &self,
+        installation: &Installation,
+        scrutiny: Scrutiny,
+        progress: &dyn Progress,
+    ) -> Result<Option<(StoredKernel, File)>, ImageError> {
+        let cancelled = || progress.cancelled();
+        let own = self.own_kernel()?;
+        let digest = &installation.manifest.kernel_digest;
+        let Some(lease) = shared(&self.paths.kernel(digest))? else { return Ok(None) };
+        let Some(kernel) = self.stored_kernel(digest)? else { return Ok(None) };
         if scrutiny == Scrutiny::Full || !kernel.looks_untouched() {
             progress.phase("verifying", "kernel");
             if kernel.verify(&cancelled)?.is_some() {
@@ -160,17 +185,7 @@ impl Store {
                 kernel.refresh(&cancelled)?;
             }
         }
-        let (initramfs, initramfs_lease) = self.initramfs(&kernel)?;
-        Ok(Some(Environment {
-            name: definition.name.to_owned(),
-            version: installation.manifest.version.clone(),
-            digest: installation.manifest.digest.clone(),
-            kernel_digest: kernel_digest.clone(),
-            kernel: kernel.image(),
-            initramfs,
-            rootfs: installation.rootfs(),
-            leases: [rootfs_lease, kernel_lease, initramfs_lease],
-        }))
+        Ok(Some(own.unwrap_or((kernel, lease))))
     }
 
     fn build(&self, definition: &Definition, progress: &dyn Progress) -> Result<(), ImageError> {

@@ -9,7 +9,7 @@ use super::entry::{usable, verify_file};
 use super::install::{recorded, rename_into_place, shared, write_in};
 use super::paths::{MANIFEST, MODULES, VMLINUX};
 use crate::initramfs::{self, ModuleFile};
-use crate::kernel::{self, Module};
+use crate::kernel::{self, Kernel, Module};
 use crate::lock::{self, Attempt, Mode};
 use crate::manifest::{self, FORMAT_VERSION, InitramfsManifest, KernelManifest};
 use crate::staging::Staging;
@@ -116,35 +116,7 @@ impl Store {
         let digest = recorded(package, cancelled)?.sha256;
         let file = fs_err::File::open(package).map_err(ImageError::cache(package))?;
         let kernel = kernel::unpack_package(std::io::BufReader::new(file), cancelled)?;
-        let directory = staging.path().join("kernel");
-        let modules = directory.join(MODULES);
-        for made in [&directory, &modules] {
-            fs_err::create_dir(made).map_err(ImageError::cache(made))?;
-        }
-        let mut files = BTreeMap::new();
-        let mut add = |name: String, bytes: &[u8]| -> Result<(), ImageError> {
-            files.insert(name.clone(), write_in(&directory, &name, bytes, cancelled)?);
-            Ok(())
-        };
-        add(VMLINUX.to_owned(), &kernel.image)?;
-        let mut number = 0;
-        for (list, (order, _)) in kernel.modules.iter().zip(kernel::LISTS) {
-            let named = named(list, &mut number);
-            let text: String = named.iter().map(|(name, _)| format!("{name}\n")).collect();
-            add(in_modules(order), text.as_bytes())?;
-            for (name, module) in named {
-                add(in_modules(&name), &module.bytes)?;
-            }
-        }
-        let manifest = KernelManifest {
-            format_version: FORMAT_VERSION,
-            digest: digest.clone(),
-            release: kernel.release,
-            files,
-        };
-        let bytes = manifest::encode(&manifest).map_err(ImageError::cache(&directory))?;
-        write_in(&directory, MANIFEST, &bytes, cancelled)?;
-        files::sync_directory(&modules).map_err(ImageError::cache(&modules))?;
+        let directory = write_kernel(&kernel, &digest, staging, cancelled)?;
         let lease = rename_into_place(&directory, &self.paths.kernel(&digest), staging)?;
         Ok((digest, lease))
     }
@@ -194,6 +166,45 @@ impl Store {
         }
         initramfs::build(&self.config.0.agent, &modules)
     }
+}
+
+/// Writes a kernel with its manifest into the staging directory.
+pub(super) fn write_kernel(
+    kernel: &Kernel,
+    digest: &str,
+    staging: &Staging,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<PathBuf, ImageError> {
+    let directory = staging.path().join("kernel");
+    let modules = directory.join(MODULES);
+    for made in [&directory, &modules] {
+        fs_err::create_dir(made).map_err(ImageError::cache(made))?;
+    }
+    let mut files = BTreeMap::new();
+    let mut add = |name: String, bytes: &[u8]| -> Result<(), ImageError> {
+        files.insert(name.clone(), write_in(&directory, &name, bytes, cancelled)?);
+        Ok(())
+    };
+    add(VMLINUX.to_owned(), &kernel.image)?;
+    let mut number = 0;
+    for (list, (order, _)) in kernel.modules.iter().zip(kernel::LISTS) {
+        let named = named(list, &mut number);
+        let text: String = named.iter().map(|(name, _)| format!("{name}\n")).collect();
+        add(in_modules(order), text.as_bytes())?;
+        for (name, module) in named {
+            add(in_modules(&name), &module.bytes)?;
+        }
+    }
+    let manifest = KernelManifest {
+        format_version: FORMAT_VERSION,
+        digest: digest.to_owned(),
+        release: kernel.release.clone(),
+        files,
+    };
+    let bytes = manifest::encode(&manifest).map_err(ImageError::cache(&directory))?;
+    write_in(&directory, MANIFEST, &bytes, cancelled)?;
+    files::sync_directory(&modules).map_err(ImageError::cache(&modules))?;
+    Ok(directory)
 }
 
 fn in_modules(name: &str) -> String {

@@ -5,6 +5,8 @@
 //! envs/<name>/current                                  which of them is the present one
 //! kernels/<digest>/vmlinux, modules/, manifest.json    a kernel, named by its package's digest
 //! kernels/<digest>/initramfs-<agent digest>.cpio       one for each agent, and its record (.json)
+//! templates/<key>/memory, state, overlay.ext4          a saved machine that others go on from, and its manifest.json
+//! kernels/own                                          which of them takes the place of all others, if any
 //! overlay-<MiB>.ext4                                   blank writable layers, to be copied
 //! staging/<random>/                                    unfinished work
 //! locks/<name>                                         held by whoever builds an environment
@@ -19,8 +21,10 @@ mod entry;
 mod install;
 mod kernels;
 mod overlay;
+mod own_kernel;
 mod paths;
 mod prune;
+mod templates;
 
 use std::borrow::Cow;
 use std::ffi::OsString;
@@ -31,6 +35,7 @@ pub use self::doctor::Check;
 pub use self::entry::{Entry, Inspection, Pulled};
 use self::paths::Paths;
 pub use self::prune::Pruned;
+pub use self::templates::{Template, TemplateBuild, TemplateEntry, TemplateFiles, TemplateShape};
 use crate::catalog::{self, CATALOG};
 use crate::progress::Progress;
 use crate::tool::Tools;
@@ -49,6 +54,8 @@ pub struct StoreConfig {
     pub agent: Cow<'static, [u8]>,
     /// The agent's SHA-256, as hexadecimal digits: each agent has an initramfs of its own.
     pub agent_digest: Cow<'static, str>,
+    /// What all templates together may take on disk, in MiB; 0: there are none.
+    pub template_limit_mib: u64,
     /// Reported with every entry.
     pub catalog_version: String,
 }

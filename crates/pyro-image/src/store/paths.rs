@@ -13,6 +13,8 @@ pub(super) struct Paths {
 pub(super) const ROOTFS: &str = "rootfs.erofs";
 pub(super) const MANIFEST: &str = "manifest.json";
 pub(super) const POINTER: &str = "current";
+/// Which kernel takes the place of those of all environments; among the kernels.
+pub(super) const OWN_KERNEL: &str = "own";
 pub(super) const VMLINUX: &str = "vmlinux";
 pub(super) const MODULES: &str = "modules";
 
@@ -27,6 +29,7 @@ impl Paths {
             paths.environments(),
             paths.kernels(),
             paths.staging(),
+            paths.templates(),
             paths.root.join("locks"),
         ] {
             files::create_private_all(&directory).map_err(ImageError::cache(&directory))?;
@@ -47,7 +50,7 @@ impl Paths {
             opened => opened?,
         };
         // What another process has just begun to make is ours; and a disk of its own has `lost+found`.
-        let ours = ["envs", "kernels", "staging", "locks", "lost+found"];
+        let ours = ["envs", "kernels", "staging", "locks", "templates", "lost+found"];
         let mut others =
             entries.flatten().filter(|entry| !ours.iter().any(|name| entry.file_name() == *name));
         if self.environments().exists() || others.next().is_none() {
@@ -83,6 +86,14 @@ impl Paths {
 
     pub(super) fn kernel(&self, digest: &str) -> PathBuf {
         self.kernels().join(digest)
+    }
+
+    pub(super) fn templates(&self) -> PathBuf {
+        self.root.join("templates")
+    }
+
+    pub(super) fn template(&self, id: &str) -> PathBuf {
+        self.templates().join(id)
     }
 
     pub(super) fn overlay(&self, size_mib: u32) -> PathBuf {

@@ -34,11 +34,12 @@ impl Store {
         let staging = Staging::create(&root, &self.tools).map_err(ImageError::cache(&root))?;
         let mut pruned = Pruned::default();
         let mut in_use = BTreeSet::new();
-        let mut kernels_kept = BTreeSet::new();
+        let mut kernels_kept: BTreeSet<String> = self.own_kernel_digest()?.into_iter().collect();
         for home in entries(&self.paths.environments())? {
             self.prune_environment(&home, &staging, &mut pruned, &mut in_use, &mut kernels_kept)?;
         }
         self.prune_kernels(&kernels_kept, &staging, &mut pruned)?;
+        pruned.freed_bytes += self.prune_templates(&staging)?;
         if in_use.is_empty() {
             self.prune_overlays(&mut pruned)?;
         }
@@ -183,7 +184,7 @@ impl Store {
     }
 }
 
-fn entries(directory: &Path) -> Result<Vec<PathBuf>, ImageError> {
+pub(super) fn entries(directory: &Path) -> Result<Vec<PathBuf>, ImageError> {
     let found = fs_err::read_dir(directory).and_then(|entries| {
         entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<PathBuf>>>()
     });
@@ -212,7 +213,7 @@ fn kernel_of(install: &Path) -> Result<Option<String>, ImageError> {
     }
 }
 
-fn disk_bytes(path: &Path) -> u64 {
+pub(super) fn disk_bytes(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
 
     let Ok(metadata) = fs_err::symlink_metadata(path) else { return 0 };

@@ -26,10 +26,12 @@ use crate::Vmm;
 use crate::confinement::{Confinement, Element};
 use crate::control::{Answer, Control};
 use crate::error::{ControlError, LaunchError};
+use crate::host::{cpu_identity, program_identity};
+use crate::kernel_args;
 use crate::machine::Machine;
 use crate::process::{Streams, VmmProcess};
 use crate::spec::{
-    BackendKind, Capabilities, Channel, DiskCache, Isolation, MachineSpec, Snapshot, VSOCK_PORT,
+    BackendKind, Capabilities, Channel, DiskCache, Fingerprint, Isolation, MachineSpec, Snapshot, VSOCK_PORT,
 };
 
 /// How long Firecracker may take to make its API's socket: 30 ms on a quiet host.
@@ -42,24 +44,8 @@ const MAX_VCPUS: u8 = 32;
 /// The address of the guest on its virtio socket, the first that is free.
 const GUEST_CID: u32 = 3;
 
-/// For every machine: a reboot and a panic end it, and nothing is probed for that the machine does not have.
-const KERNEL_ARGS: &[&str] = &[
-    "console=ttyS0",
-    "8250.nr_uarts=1",
-    "quiet",
-    "reboot=k",
-    "panic=-1",
-    "random.trust_cpu=on",
-    "rcupdate.rcu_expedited=1",
-    "cryptomgr.notests",
-    "audit=0",
-    "i8042.noaux",
-    "i8042.nomux",
-    "i8042.dumbkbd",
-    "pci=off",
-    "raid=noautodetect",
-    "debugfs=off",
-];
+/// A reboot ends the machine, and its keyboard is not looked for.
+const KERNEL_ARGS: &[&str] = &["reboot=k", "i8042.nokbd", "i8042.nomux", "i8042.dumbkbd"];
 
 /// How to keep a Firecracker apart from the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -187,6 +173,15 @@ impl Vmm for Firecracker {
         }
     }
 
+    fn fingerprint(&self, spec: &MachineSpec) -> Fingerprint {
+        let [binary, kernel, processor] =
+            [program_identity(&self.config.binary), kernel_command_line(spec), cpu_identity()];
+        // What the disk promises of its cache is written into the saved machine.
+        let cache = cache_type(spec.overlay_cache);
+        let machine = format!("firecracker {} {binary} {cache} {kernel} {processor}", self.config.version);
+        Fingerprint { machine, tsc_khz: None }
+    }
+
     async fn launch(&self, spec: &MachineSpec) -> Result<Machine, LaunchError> {
         self.begin(spec, None).await
     }
@@ -280,10 +275,16 @@ async fn connect_api(socket: &Path) -> Result<Api, ControlError> {
 }
 
 fn boot_source(spec: &MachineSpec) -> BootSource {
+    BootSource {
+        kernel_image_path: jail::KERNEL,
+        initrd_path: jail::INITRAMFS,
+        boot_args: kernel_command_line(spec),
+    }
+}
+
+fn kernel_command_line(spec: &MachineSpec) -> String {
     let channel = format!("pyro.vsock={VSOCK_PORT}");
-    let own = KERNEL_ARGS.iter().copied().chain([channel.as_str()]);
-    let args: Vec<&str> = own.chain(spec.kernel_args.iter().map(String::as_str)).collect();
-    BootSource { kernel_image_path: jail::KERNEL, initrd_path: jail::INITRAMFS, boot_args: args.join(" ") }
+    kernel_args::line(KERNEL_ARGS.iter().copied().chain([channel.as_str()]), &spec.kernel_args)
 }
 
 fn size(spec: &MachineSpec) -> MachineConfiguration {
@@ -304,11 +305,14 @@ fn drives(spec: &MachineSpec) -> [Drive; 2] {
         cache_type,
         io_engine: "Sync",
     };
-    let cache = match spec.overlay_cache {
+    [drive(jail::ROOTFS, true, "Unsafe"), drive(jail::OVERLAY, false, cache_type(spec.overlay_cache))]
+}
+
+fn cache_type(cache: DiskCache) -> &'static str {
+    match cache {
         DiskCache::Unsafe => "Unsafe",
         DiskCache::Writeback => "Writeback",
-    };
-    [drive(jail::ROOTFS, true, "Unsafe"), drive(jail::OVERLAY, false, cache)]
+    }
 }
 
 fn load() -> SnapshotLoadParams {

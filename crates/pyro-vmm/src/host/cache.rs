@@ -10,8 +10,8 @@ use fs_err::os::unix::fs::OpenOptionsExt;
 use serde::{Deserialize, Serialize};
 
 use super::kvm::{KvmProbe, probe_kvm};
-use super::qemu::{BinaryKey, QemuVersion};
 use super::tsc::measure_tsc_khz;
+use super::version::{BinaryKey, VmmVersion};
 
 const FORMAT: u32 = 1;
 const FILE_BYTES_MAX: u64 = 64 << 10;
@@ -98,7 +98,7 @@ impl KvmKey {
 pub(super) struct Cache {
     format: u32,
     host: Option<Host>,
-    qemus: Vec<(BinaryKey, QemuVersion)>,
+    qemus: Vec<(BinaryKey, VmmVersion)>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -145,11 +145,11 @@ impl Cache {
         file.write_all(&serde_json::to_vec(self)?)
     }
 
-    pub(super) fn qemu_version(&self, key: &BinaryKey) -> Option<QemuVersion> {
+    pub(super) fn version(&self, key: &BinaryKey) -> Option<VmmVersion> {
         self.qemus.iter().find(|(known, _)| known == key).map(|(_, version)| version.clone())
     }
 
-    pub(super) fn set_qemu_version(&mut self, key: BinaryKey, version: QemuVersion) {
+    pub(super) fn set_version(&mut self, key: BinaryKey, version: VmmVersion) {
         self.qemus.insert(0, (key, version));
         self.qemus.truncate(QEMUS_MAX);
     }

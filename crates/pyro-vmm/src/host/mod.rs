@@ -4,13 +4,15 @@
 //! garbage in it costs those 30 ms again, and processes that write it at once lose each other's answers only.
 
 mod cache;
+mod identity;
 mod kvm;
-mod qemu;
 mod tsc;
 #[cfg(target_arch = "x86_64")]
 mod vcpu;
+mod version;
 
 pub use cache::HostFacts;
+pub(crate) use identity::{cpu_identity, program_identity};
 pub use kvm::{KvmProbe, probe_kvm};
-pub use qemu::{QemuVersion, VersionError, find_qemu, firecracker_version, qemu_version};
 pub use tsc::measure_tsc_khz;
+pub use version::{VersionError, VmmVersion, find_qemu, firecracker_version, qemu_version};

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{Accel, MEMORY, QemuConfig};
+use crate::kernel_args;
 use crate::spec::{DiskCache, MachineSpec, Snapshot};
 
 /// The numbers under which QEMU gets its ends of the socket pairs.
@@ -29,25 +30,9 @@ const TCG_CPU: &str = "max,erms=off,fsrm=off,la57=off";
 
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
-/// For every machine: a reboot and a panic end it (with `-no-reboot`), and nothing is probed for that the
-/// machine does not have. The serial console costs 1 to 3 % of a boot and is the only witness of a panic.
-const KERNEL_ARGS: &[&str] = &[
-    "console=ttyS0",
-    "8250.nr_uarts=1",
-    "8250.skip_txen_test=1",
-    "quiet",
-    "reboot=t",
-    "panic=-1",
-    "random.trust_cpu=on",
-    "rcupdate.rcu_expedited=1",
-    "cryptomgr.notests",
-    "audit=0",
-    "i8042.noaux",
-    "i8042.nokbd",
-    "pci=off",
-    "raid=noautodetect",
-    "debugfs=off",
-];
+/// A reboot ends the machine (with `-no-reboot`). The serial console costs 1 to 3 % of a boot and is the only witness of a
+/// panic.
+const KERNEL_ARGS: &[&str] = &["reboot=t", "8250.skip_txen_test=1", "i8042.nokbd"];
 
 /// In software, defences against the leaks of a processor that is not there only cost time; and so do the kernel's
 /// checks of itself and its accounts of stalls, a tenth of every fork and exec together.
@@ -85,7 +70,7 @@ pub(super) fn arguments(config: &QemuConfig, spec: &MachineSpec, from: Option<&S
     let backend = if memory.is_some() { ",memory-backend=memory" } else { "" };
     args.option("-M", format!("{MACHINE}{backend}"));
     args.option("-accel", accelerator(config.accel, spec.vcpus));
-    args.option("-cpu", if config.accel == Accel::Kvm { "host" } else { TCG_CPU });
+    args.option("-cpu", cpu(config.accel));
     args.option("-m", spec.memory_mib.to_string()).option("-smp", spec.vcpus.to_string());
     if from.is_some() {
         args.option("-incoming", "defer");
@@ -169,18 +154,32 @@ fn accelerator(accel: Accel, vcpus: u8) -> String {
 }
 
 fn kernel_command_line(accel: Accel, spec: &MachineSpec) -> String {
-    let mut args: Vec<String> = KERNEL_ARGS.iter().map(|arg| (*arg).to_owned()).collect();
+    let mut args = KERNEL_ARGS.to_vec();
+    let rate;
     if let Accel::Tcg { tsc_khz } = accel {
-        args.extend(KERNEL_ARGS_TCG.iter().map(|arg| (*arg).to_owned()));
+        args.extend(KERNEL_ARGS_TCG);
         // Without it the kernel measures the TSC against a timer, fails now and then on a busy host, and then
         // hangs. The guest's TSC is the host's.
         if let Some(khz) = tsc_khz {
-            args.push(format!("tsc_early_khz={khz}"));
-            args.push("tsc=reliable".to_owned());
+            rate = format!("tsc_early_khz={khz} tsc=reliable");
+            args.push(&rate);
         }
     }
-    args.extend(spec.kernel_args.iter().cloned());
-    args.join(" ")
+    kernel_args::line(args, &spec.kernel_args)
+}
+
+/// All that two machines must have in common for one to go on where the other was saved, but for the rate of the TSC.
+pub(super) fn fingerprint(config: &QemuConfig, spec: &MachineSpec) -> String {
+    let accel = match config.accel {
+        Accel::Kvm => Accel::Kvm,
+        Accel::Tcg { .. } => Accel::Tcg { tsc_khz: None },
+    };
+    let kernel = kernel_command_line(accel, spec);
+    format!("{MACHINE} {} {} {kernel}", accelerator(accel, spec.vcpus), cpu(accel))
+}
+
+fn cpu(accel: Accel) -> &'static str {
+    if accel == Accel::Kvm { "host" } else { TCG_CPU }
 }
 
 /// What process listings show: which machine this QEMU is.
@@ -235,7 +234,7 @@ mod tests {
 -smp 1
 -kernel /images/vmlinux
 -initrd /images/initramfs.cpio
--append console=ttyS0 8250.nr_uarts=1 8250.skip_txen_test=1 quiet reboot=t panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 cryptomgr.notests audit=0 i8042.noaux i8042.nokbd pci=off raid=noautodetect debugfs=off noreplace-smp mitigations=off nokaslr init_on_alloc=0 hardened_usercopy=off randomize_kstack_offset=off kfence.sample_interval=0 psi=0 nowatchdog apparmor=0 selinux=0 lsm= tsc_early_khz=2596120 tsc=reliable pyro.task=k3v9
+-append console=ttyS0 8250.nr_uarts=1 quiet panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 cryptomgr.notests audit=0 i8042.noaux pci=off raid=noautodetect debugfs=off reboot=t 8250.skip_txen_test=1 i8042.nokbd noreplace-smp mitigations=off nokaslr init_on_alloc=0 hardened_usercopy=off randomize_kstack_offset=off kfence.sample_interval=0 psi=0 nowatchdog apparmor=0 selinux=0 lsm= tsc_early_khz=2596120 tsc=reliable pyro.task=k3v9
 -chardev socket,id=control,fd=4
 -mon chardev=control,mode=control
 -chardev socket,id=console,fd=5

@@ -21,10 +21,11 @@ use self::control::QemuControl;
 use crate::Vmm;
 use crate::confinement::{Confinement, Element};
 use crate::error::{ControlError, LaunchError};
+use crate::host::{cpu_identity, program_identity};
 use crate::machine::Machine;
 use crate::process::{Streams, VmmProcess};
 use crate::qmp::Qmp;
-use crate::spec::{BackendKind, Capabilities, Channel, Isolation, MachineSpec, Snapshot};
+use crate::spec::{BackendKind, Capabilities, Channel, Fingerprint, Isolation, MachineSpec, Snapshot};
 
 /// How long QEMU may take to accept its command line: 40 ms on a quiet host, seconds on a swamped one.
 const ACCEPT_DEADLINE: Duration = Duration::from_secs(30);
@@ -100,6 +101,17 @@ impl Vmm for Qemu {
         };
         let channel = Channel::Serial;
         Capabilities { isolation, pause: true, snapshot: true, max_vcpus: MAX_VCPUS, channel }
+    }
+
+    fn fingerprint(&self, spec: &MachineSpec) -> Fingerprint {
+        let binary = program_identity(&self.config.binary);
+        let machine = command_line::fingerprint(&self.config, spec);
+        let (processor, tsc_khz) = match self.config.accel {
+            Accel::Kvm => (cpu_identity(), None),
+            Accel::Tcg { tsc_khz } => (String::new(), tsc_khz),
+        };
+        let machine = format!("qemu {} {binary} {machine} {processor}", self.config.version);
+        Fingerprint { machine, tsc_khz }
     }
 
     async fn launch(&self, spec: &MachineSpec) -> Result<Machine, LaunchError> {

@@ -17,12 +17,12 @@ const PROGRAM: &str = "qemu-system-x86_64";
 const ANSWER_BYTES_MAX: usize = 4 << 10;
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
-/// What a QEMU says about itself.
+/// What a VMM says about itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct QemuVersion {
+pub struct VmmVersion {
     /// Its version, as in `7.2.22`.
     pub version: String,
-    /// Whether it was built with the seccomp sandbox.
+    /// Whether it can confine itself with seccomp.
     pub sandbox: bool,
 }
 
@@ -67,7 +67,7 @@ pub fn find_qemu(search_path: &OsStr) -> Option<PathBuf> {
 ///
 /// # Errors
 /// When it cannot be run, or does not say a version.
-pub fn qemu_version(binary: &Path, cache_file: &Path) -> Result<QemuVersion, VersionError> {
+pub fn qemu_version(binary: &Path, cache_file: &Path) -> Result<VmmVersion, VersionError> {
     remembered(binary, cache_file, ask_version)
 }
 
@@ -79,7 +79,7 @@ pub fn firecracker_version(binary: &Path, cache_file: &Path) -> Result<String, V
     let ask = |binary: &Path| {
         let (_, answer) = run(binary, &["--version"])?;
         let version = answer.strip_prefix("Firecracker v").and_then(plausible);
-        Ok(version.map(|version| QemuVersion { version, sandbox: true }))
+        Ok(version.map(|version| VmmVersion { version, sandbox: true }))
     };
     remembered(binary, cache_file, ask).map(|found| found.version)
 }
@@ -87,8 +87,8 @@ pub fn firecracker_version(binary: &Path, cache_file: &Path) -> Result<String, V
 fn remembered(
     binary: &Path,
     cache_file: &Path,
-    ask: impl Fn(&Path) -> io::Result<Option<QemuVersion>>,
-) -> Result<QemuVersion, VersionError> {
+    ask: impl Fn(&Path) -> io::Result<Option<VmmVersion>>,
+) -> Result<VmmVersion, VersionError> {
     let run_error = |source| VersionError::Run { binary: binary.to_owned(), source };
     let metadata = fs_err::metadata(binary).map_err(run_error)?;
     let key = BinaryKey {
@@ -97,24 +97,24 @@ fn remembered(
         size: metadata.size(),
     };
     let mut cache = Cache::read(cache_file);
-    if let Some(version) = cache.qemu_version(&key) {
+    if let Some(version) = cache.version(&key) {
         return Ok(version);
     }
     let version = ask(binary).map_err(run_error)?;
     let version = version.ok_or_else(|| VersionError::NoVersion { binary: binary.to_owned() })?;
-    cache.set_qemu_version(key, version.clone());
+    cache.set_version(key, version.clone());
     cache.write(cache_file);
     Ok(version)
 }
 
 /// QEMU reads its options in order, so one run tells both: it refuses `-sandbox` before it sees `-version`.
-fn ask_version(binary: &Path) -> io::Result<Option<QemuVersion>> {
+fn ask_version(binary: &Path) -> io::Result<Option<VmmVersion>> {
     let (status, answer) = run(binary, &["-sandbox", "on", "-version"])?;
     if status.success() {
-        return Ok(parse_version(&answer).map(|version| QemuVersion { version, sandbox: true }));
+        return Ok(parse_version(&answer).map(|version| VmmVersion { version, sandbox: true }));
     }
     let (_, answer) = run(binary, &["-version"])?;
-    Ok(parse_version(&answer).map(|version| QemuVersion { version, sandbox: false }))
+    Ok(parse_version(&answer).map(|version| VmmVersion { version, sandbox: false }))
 }
 
 fn parse_version(answer: &str) -> Option<String> {
@@ -188,13 +188,13 @@ mod tests {
             dir.path().display()
         );
         let binary = script(dir.path(), &text);
-        let expected = QemuVersion { version: "7.2.22".to_owned(), sandbox: true };
+        let expected = VmmVersion { version: "7.2.22".to_owned(), sandbox: true };
         assert_eq!(qemu_version(&binary, &cache).expect("a version"), expected);
         assert_eq!(qemu_version(&binary, &cache).expect("a version"), expected);
         assert_eq!(fs_err::read_to_string(dir.path().join("log")).expect("a log"), "asked\n");
 
         script(dir.path(), "case $1 in -sandbox) exit 1;; esac; echo 'QEMU emulator version 10.0.3'");
-        let changed = QemuVersion { version: "10.0.3".to_owned(), sandbox: false };
+        let changed = VmmVersion { version: "10.0.3".to_owned(), sandbox: false };
         assert_eq!(qemu_version(&binary, &cache).expect("a version"), changed);
     }
 

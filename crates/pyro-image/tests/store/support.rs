@@ -84,6 +84,7 @@ esac
             tool_path: self.root.join("bin").into_os_string(),
             agent: Cow::Borrowed(agent),
             agent_digest: Sha256::digest(agent).iter().map(|byte| format!("{byte:02x}")).collect(),
+            template_limit_mib: 1,
             catalog_version: "2.0.0".to_owned(),
         })
     }

@@ -1,6 +1,7 @@
 //! The life of the store, with a stand-in for `mmdebstrap` that takes no time.
 
 mod support;
+mod templates;
 
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -349,6 +350,52 @@ fn an_environment_of_another_definition_is_built_anew() {
     assert_eq!(fixture.runs(), 2);
     let lost = store.lease(NAME, &"0".repeat(64)).expect_err("never was");
     assert_eq!(lost.code(), "environment_replaced");
+}
+
+/// What passes for a kernel: the head of an ELF file and a banner.
+fn kernel_image(release: &str) -> Vec<u8> {
+    let mut image = b"\x7fELF\x02\x01".to_vec();
+    image.resize(18, 0);
+    image.extend([62, 0]);
+    image.extend(format!("..Linux version {release} (pyro@pyro)").bytes());
+    image
+}
+
+#[test]
+fn a_kernel_of_ones_own_takes_the_place_of_all_until_it_is_forgotten_or_damaged() {
+    let fixture = Fixture::new();
+    let store = fixture.store();
+    let before = store.ensure(NAME, &Silent).expect("built");
+    let image = fixture.cache.with_file_name("vmlinux");
+    fs_err::write(&image, "no kernel").expect("written");
+    assert_eq!(store.use_kernel(&image).expect_err("refused").code(), "kernel_rejected");
+    fs_err::write(&image, kernel_image("6.1.0-own")).expect("written");
+    let (digest, release) = store.use_kernel(&image).expect("stored");
+    assert_eq!(release, "6.1.0-own");
+    let own = store.ensure(NAME, &Silent).expect("there");
+    assert_eq!((own.kernel_digest.as_str(), own.digest.as_str()), (digest.as_str(), before.digest.as_str()));
+    assert!(fs_err::read(&own.kernel).expect("readable") == kernel_image("6.1.0-own"));
+    let archive = fs_err::read(&own.initramfs).expect("readable");
+    assert!(!archive.windows(3).any(|window| window == b".ko"), "it has its modules built in");
+    let inspection = store.inspect(NAME).expect("readable");
+    assert_eq!(inspection.own_kernel_release.as_deref(), Some("6.1.0-own"));
+    // It stays when all environments go.
+    let path = own.kernel.clone();
+    drop((own, before));
+    store.prune().expect("pruned");
+    assert!(path.exists());
+
+    fs_err::write(&path, "damaged").expect("written");
+    let mended = store.ensure(NAME, &Silent).expect("built");
+    assert_ne!(mended.kernel_digest, digest);
+    assert!(store.kernel_in_use().expect("readable").is_none());
+    store.use_kernel(&image).expect("stored again");
+    assert!(store.kernel_in_use().expect("readable").is_some());
+    assert!(store.forget_kernel().expect("forgotten"));
+    assert!(!store.forget_kernel().expect("forgotten already"));
+    drop(mended);
+    store.prune().expect("pruned");
+    assert!(!path.exists());
 }
 
 /// Not a test of its own: the process that `a_killed_build_…` kills.

@@ -1,0 +1,91 @@
+//! A kernel that somebody built for guests: it takes the place of the one that an environment was built with.
+//!
+//! It has everything built in that a guest needs, so it comes without modules. Which one is used, a pointer says; where
+//! that kernel is missing or damaged, guests have the kernel of their environment again.
+
+use std::fs::File;
+use std::path::Path;
+
+use super::Store;
+use super::entry::usable;
+use super::install::{recorded, rename_into_place, shared};
+use super::kernels::{StoredKernel, write_kernel};
+use super::paths::OWN_KERNEL;
+use crate::kernel::{self, Kernel, KernelError};
+use crate::manifest::{self, FORMAT_VERSION, Pointer};
+use crate::staging::Staging;
+use crate::{ImageError, files};
+
+/// The longest kernel, in bytes.
+const MOST_KERNEL: u64 = 128 << 20;
+
+impl Store {
+    /// Stores a kernel, an uncompressed `vmlinux`, which all guests boot with from now on; returns its digest and what it
+    /// calls its release.
+    ///
+    /// # Errors
+    /// When the file is no kernel for x86-64, or the cache cannot be written.
+    pub fn use_kernel(&self, image: &Path) -> Result<(String, String), ImageError> {
+        let bytes = files::read_bounded(image, MOST_KERNEL).map_err(|error| {
+            if error.kind() == std::io::ErrorKind::FileTooLarge {
+                ImageError::Kernel(KernelError::TooLarge)
+            } else {
+                ImageError::cache(image)(error)
+            }
+        })?;
+        let release = kernel::release_of(&bytes).map_err(ImageError::Kernel)?;
+        let digest = recorded(image, &|| false)?.sha256;
+        let root = self.paths.staging();
+        let staging = Staging::create(&root, &self.tools).map_err(ImageError::cache(&root))?;
+        let modules = kernel::LISTS.iter().map(|_| Vec::new()).collect();
+        let kernel = Kernel { release: release.clone(), image: bytes, modules };
+        let directory = write_kernel(&kernel, &digest, &staging, &|| false)?;
+        let _lease = rename_into_place(&directory, &self.paths.kernel(&digest), &staging)?;
+        let pointer = manifest::encode(&Pointer { format_version: FORMAT_VERSION, digest: digest.clone() })
+            .map_err(ImageError::cache(self.paths.kernels()))?;
+        let path = self.paths.kernels().join(OWN_KERNEL);
+        files::replace(&path, &pointer).map_err(ImageError::cache(path))?;
+        Ok((digest, release))
+    }
+
+    /// Lets guests have the kernels of their environments again; says whether there was another.
+    ///
+    /// # Errors
+    /// When the cache cannot be written.
+    pub fn forget_kernel(&self) -> Result<bool, ImageError> {
+        let path = self.paths.kernels().join(OWN_KERNEL);
+        match fs_err::remove_file(&path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(ImageError::cache(path)(error)),
+        }
+    }
+
+    /// The digest and the release of the kernel that takes the place of others, if there is one that is whole.
+    ///
+    /// # Errors
+    /// When the cache cannot be read.
+    pub fn kernel_in_use(&self) -> Result<Option<(String, String)>, ImageError> {
+        let found = self.own_kernel()?;
+        Ok(found.map(|(kernel, _lease)| (kernel.manifest.digest, kernel.manifest.release)))
+    }
+
+    /// The kernel that takes the place of others, and a lease on it.
+    pub(super) fn own_kernel(&self) -> Result<Option<(StoredKernel, File)>, ImageError> {
+        let Some(digest) = self.own_kernel_digest()? else { return Ok(None) };
+        let Some(lease) = shared(&self.paths.kernel(&digest))? else { return Ok(None) };
+        let Some(kernel) = self.stored_kernel(&digest)? else { return Ok(None) };
+        if !kernel.looks_untouched() {
+            if kernel.verify(&|| false)?.is_some() {
+                return Ok(None);
+            }
+            kernel.refresh(&|| false)?;
+        }
+        Ok(Some((kernel, lease)))
+    }
+
+    pub(super) fn own_kernel_digest(&self) -> Result<Option<String>, ImageError> {
+        let pointer = usable(&self.paths.kernels().join(OWN_KERNEL), Pointer::parse)?;
+        Ok(pointer.map(|pointer| pointer.digest))
+    }
+}
