@@ -15,7 +15,9 @@ fuzz: setup ## Feed every decoder of foreign bytes, FOR seconds each (20)
 kernel: ## Build a guest kernel that starts faster than Debian's, and use it from then on
 	cargo run --quiet --release -p pyro-cli -- env kernel --from "$$(scripts/kernel.sh)"
 bench: setup ## Measure what SPECIFICATION.md promises
-	scripts/bench.sh
+	scripts/bench.sh figures
+bench-start: setup ## Measure how soon a sandbox is there, and what it takes of memory
+	scripts/bench.sh start
 setup: ## Install what a fresh Debian machine lacks
 	@scripts/setup.sh
-.PHONY: help run test test-firecracker check chaos fuzz kernel bench setup
+.PHONY: help run test test-firecracker check chaos fuzz kernel bench bench-start setup

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Measures what SPECIFICATION.md promises.
+# Measures what SPECIFICATION.md promises: `bench.sh figures`, `bench.sh start`.
 set -eu
 variables=$(scripts/environment.sh)
 cargo build --quiet --release -p pyro-cli
@@ -7,4 +7,4 @@ no_op=$PWD/target/tmp/no-op
 [ -x "$no_op" ] || echo 'int main(void) { return 0; }' | gcc -static -O2 -x c -o "$no_op" -
 # shellcheck disable=SC2086 # one variable a word
 env $variables PYRO_TEST_PROGRAM="$PWD/target/release/pyro" PYRO_TEST_NO_OP="$no_op" \
-    cargo bench --quiet -p pyro-engine
+    cargo bench --quiet -p pyro-engine --bench "$1"

@@ -5,10 +5,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::mount::{MountFlags, mount};
@@ -27,6 +27,8 @@ const ENDED_WITHIN: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct GuestCgroup {
     next: AtomicU64,
+    /// A group that is ready for the next command: to make one takes as long as to start a short program.
+    spare: Mutex<Option<ExecCgroup>>,
     /// Groups of commands that have ended and left processes in the background.
     left: Arc<Mutex<Vec<PathBuf>>>,
 }
@@ -35,6 +37,8 @@ pub(crate) struct GuestCgroup {
 #[derive(Debug)]
 pub(crate) struct ExecCgroup {
     path: PathBuf,
+    /// Its directory, by which a child begins in the group.
+    directory: File,
     left: Arc<Mutex<Vec<PathBuf>>>,
 }
 
@@ -50,7 +54,7 @@ impl GuestCgroup {
         set(&format!("{guest}/memory.max"), &memory.saturating_sub(RESERVE).max(64 << 20).to_string())?;
         // A process costs the kernel some 100 KiB at least; the memory limit decides where this is generous.
         set(&format!("{guest}/pids.max"), &(memory >> 19).clamp(512, 16_384).to_string())?;
-        Ok(Self { next: AtomicU64::new(0), left: Arc::default() })
+        Ok(Self { next: AtomicU64::new(0), spare: Mutex::default(), left: Arc::default() })
     }
 
     /// Makes the control group namespace of commands, whose root is their common group; `within` runs in it.
@@ -68,12 +72,31 @@ impl GuestCgroup {
         Ok((namespace, result))
     }
 
-    /// A fresh group for one command; removes those of earlier commands that are empty by now.
+    /// A fresh group for one command.
     pub(crate) fn exec(&self) -> io::Result<ExecCgroup> {
-        self.forget_left();
         let path = PathBuf::from(format!("{MOUNT}/guest/{}", self.next.fetch_add(1, Ordering::Relaxed)));
         make(&path.to_string_lossy())?;
-        Ok(ExecCgroup { path, left: Arc::clone(&self.left) })
+        let directory = File::open(&path)?;
+        Ok(ExecCgroup { path, directory, left: Arc::clone(&self.left) })
+    }
+
+    /// The group that was made ready, if there is one. A guest may have removed it.
+    pub(crate) fn take_spare(&self) -> Option<ExecCgroup> {
+        self.spare().take()
+    }
+
+    /// What can be done while nobody waits: removes the groups of commands that have ended, and makes one ready.
+    pub(crate) fn tidy(&self) {
+        self.forget_left();
+        let mut spare = self.spare();
+        if spare.is_none() {
+            // Without one, the next command makes its own.
+            *spare = self.exec().ok();
+        }
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Option<ExecCgroup>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Kills every process of every command.
@@ -85,7 +108,7 @@ impl GuestCgroup {
     pub(crate) async fn end_all(&self) -> io::Result<()> {
         self.kill_all();
         tokio::time::timeout(ENDED_WITHIN, emptied(Path::new(MOUNT).join("guest"))).await??;
-        self.forget_left();
+        self.tidy();
         Ok(())
     }
 
@@ -99,8 +122,8 @@ impl GuestCgroup {
 
 impl ExecCgroup {
     /// The directory, by which a child begins in the group.
-    pub(crate) fn directory(&self) -> io::Result<File> {
-        File::open(&self.path)
+    pub(crate) fn directory(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
     }
 
     /// Kills every process of the command, whatever session it has moved to.
@@ -123,10 +146,9 @@ impl ExecCgroup {
 
 impl Drop for ExecCgroup {
     fn drop(&mut self) {
-        // Where a process that the command left in the background still lives, the group stays with it.
-        if std::fs::remove_dir(&self.path).is_err() {
-            self.left.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.path));
-        }
+        // Where a process that the command left in the background still lives, the group stays with it; and nobody
+        // should have to wait for its end.
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.path));
     }
 }
 

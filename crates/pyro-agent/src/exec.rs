@@ -95,6 +95,9 @@ pub(crate) fn run(
             Err(refused) => exec_event::Kind::Refused(refused),
         };
         drop(events.send(Ok(ExecEvent { kind: Some(last) })).await);
+        // The last event is on its way.
+        events.closed().await;
+        guest.cgroup.tidy();
     }));
     receiver
 }
@@ -119,8 +122,6 @@ impl Running {
     /// There is no `await` between making the group, the start and the registration with the reaper.
     fn start(guest: &Guest, reaper: &Reaper, command: &Command) -> Result<Self, ExecRefused> {
         let other = |error: io::Error| refused(&error, "the agent could not prepare the command");
-        let cgroup = guest.cgroup.exec().map_err(other)?;
-        let directory = cgroup.directory().map_err(other)?;
         let words = Words::of(&command.start).map_err(other)?;
         let (stdin, stdin_end) = if command.start.stdin {
             let (end, pipe) = pipe_pair().map_err(other)?;
@@ -134,18 +135,30 @@ impl Running {
         let stdout = pipe::Receiver::from_owned_fd(stdout).map_err(other)?;
         let stderr = pipe::Receiver::from_owned_fd(stderr).map_err(other)?;
         let began = Instant::now();
-        let pid = launch(&Launch {
-            candidates: &words.candidates,
-            argv: &words.argv,
-            envp: &words.envp,
-            cwd: &command.cwd,
-            files: COMMAND_FILES,
-            stdio: [stdin_end.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()],
-            cgroup: directory.as_fd(),
-            cgroup_namespace: guest.cgroup_namespace.as_fd(),
-            mount_namespace: guest.namespace.as_fd(),
-        })
-        .map_err(|error| words.refused(error, &command.cwd))?;
+        let launch_in = |cgroup: &ExecCgroup| {
+            launch(&Launch {
+                candidates: &words.candidates,
+                argv: &words.argv,
+                envp: &words.envp,
+                cwd: &command.cwd,
+                files: COMMAND_FILES,
+                stdio: [stdin_end.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()],
+                cgroup: cgroup.directory(),
+                cgroup_namespace: guest.cgroup_namespace.as_fd(),
+                mount_namespace: guest.namespace.as_fd(),
+            })
+        };
+        let mut cgroup = match guest.cgroup.take_spare() {
+            Some(spare) => spare,
+            None => guest.cgroup.exec().map_err(other)?,
+        };
+        let mut launched = launch_in(&cgroup);
+        if matches!(launched, Err(LaunchError::Prepare(_))) {
+            // The group that was ready may have been removed or limited by the guest; its own is fresh.
+            cgroup = guest.cgroup.exec().map_err(other)?;
+            launched = launch_in(&cgroup);
+        }
+        let pid = launched.map_err(|error| words.refused(error, &command.cwd))?;
         let ended = reaper.watch(pid);
         Ok(Self { process: Process { pid, cgroup, ended, status: None }, began, stdin, stdout, stderr })
     }
@@ -181,11 +194,13 @@ impl Running {
             }
         };
         let duration_micros = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        // Who has succeeded has lacked nothing.
+        let succeeded = status.is_some_and(|status| status.success());
         let exited = ExecExited {
             status: Some(exit_status(status)),
             timed_out,
-            oom_kills: process.cgroup.oom_kills(),
-            disk_full: disk_is_full(),
+            oom_kills: if succeeded { 0 } else { process.cgroup.oom_kills() },
+            disk_full: !succeeded && disk_is_full(),
             duration_micros,
         };
         _ = tell_end.send(true);

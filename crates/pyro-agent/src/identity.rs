@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 use pyro_proto::{IdentifyRequest, limits};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
@@ -23,8 +24,9 @@ pub(crate) enum IdentityError {
 pub(crate) fn assume(request: &IdentifyRequest) -> Result<(), IdentityError> {
     check(request)?;
     let refused = |what| move |source: io::Error| IdentityError::Refused { what, source };
-    add_entropy(&request.entropy).map_err(refused("entropy"))?;
+    // The time is right at the moment at which it was sent.
     set_clock(request.realtime_nanos).map_err(refused("clock"))?;
+    add_entropy(&request.entropy).map_err(refused("entropy"))?;
     let before = rustix::system::uname().nodename().to_string_lossy().into_owned();
     rustix::system::sethostname(request.hostname.as_bytes())
         .map_err(|error| refused("hostname")(error.into()))?;
@@ -110,16 +112,20 @@ fn add_entropy(entropy: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn set_clock(nanos: u64) -> io::Result<()> {
+pub(crate) fn set_clock(nanos: u64) -> io::Result<()> {
     let seconds = i64::try_from(nanos / 1_000_000_000).unwrap_or(i64::MAX);
     let rest = i64::try_from(nanos % 1_000_000_000).unwrap_or(0);
     Ok(clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: rest })?)
 }
 
 /// Writes a file of the guest's root. A disk that was used before may hold any symlink there, so the path is
-/// resolved as if that root were the whole file system.
+/// resolved as if that root were the whole file system. Text of the length that the file has is written over the old: to
+/// cut a file and let it grow again is several times the work.
 fn write_in_root(path: &str, text: &str) -> io::Result<()> {
-    open_in_root(path, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC)?.write_all(text.as_bytes())
+    let file = open_in_root(path, OFlags::WRONLY | OFlags::CREATE)?;
+    file.write_all_at(text.as_bytes(), 0)?;
+    let length = text.len() as u64;
+    if file.metadata()?.len() == length { Ok(()) } else { file.set_len(length) }
 }
 
 fn open_in_root(path: &str, flags: OFlags) -> io::Result<File> {

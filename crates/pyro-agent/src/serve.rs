@@ -13,7 +13,8 @@ use pyro_proto::agent_server::{Agent, AgentServer};
 use pyro_proto::resync::{self, Step};
 use pyro_proto::{
     ExecEvent, ExecInput, GENERATION, HelloReply, HelloRequest, IdentifyReply, IdentifyRequest,
-    PowerOffReply, PowerOffRequest, RestReply, RestRequest, SignalReply, SignalRequest, exec_input, limits,
+    PowerOffReply, PowerOffRequest, RestReply, RestRequest, SetClockReply, SetClockRequest, SignalReply,
+    SignalRequest, exec_input, limits,
 };
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWrite, AsyncWriteExt};
@@ -169,6 +170,12 @@ impl Agent for Service {
         identity::assume(request.get_ref()).map_err(|error| Status::invalid_argument(error.to_string()))?;
         self.identified.store(true, Ordering::Release);
         Ok(Response::new(IdentifyReply {}))
+    }
+
+    async fn set_clock(&self, request: Request<SetClockRequest>) -> Result<Response<SetClockReply>, Status> {
+        let refused = |error: io::Error| Status::internal(format!("the kernel refused the clock: {error}"));
+        identity::set_clock(request.get_ref().realtime_nanos).map_err(refused)?;
+        Ok(Response::new(SetClockReply {}))
     }
 
     async fn exec(

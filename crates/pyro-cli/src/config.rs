@@ -35,6 +35,8 @@ pub(crate) fn engine(backend: Option<String>) -> Result<EngineConfig, Failure> {
         backend: backend.or_else(|| std::env::var("PYRO_BACKEND").ok().filter(|name| !name.is_empty())),
         firecracker: path("PYRO_FIRECRACKER"),
         template_limit_mib: limit("PYRO_TEMPLATE_LIMIT_MIB", 4096)?,
+        // One command of its own is all that a command-line run has.
+        spare: false,
         max_active_vms: number("PYRO_MAX_ACTIVE_VMS", 4)?,
         max_ttl_seconds: number("PYRO_MAX_TTL_SECONDS", 3600)?,
         supervisor: std::env::current_exe().ok(),

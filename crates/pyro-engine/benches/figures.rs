@@ -6,14 +6,17 @@
 
 #![expect(clippy::print_stdout, reason = "a bench prints its figures")]
 
-use std::path::{Path, PathBuf};
+mod support;
+
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use pyro_engine::{Command, Engine, EngineConfig, ExecSpec, LogQuery, Observer, VmSpec};
 use pyro_process::Spawn;
-use pyro_vmm::host::{HostFacts, find_qemu, qemu_version};
-use pyro_vmm::{Accel, DiskCache, MachineSpec, Qemu, QemuConfig, Vmm};
+use pyro_vmm::{DiskCache, MachineSpec, Qemu, Vmm};
 use tokio::io::AsyncReadExt;
+
+use support::{bare_qemu, median, memory, millis, processes, variable};
 
 const ROUNDS: usize = 15;
 const COMMANDS: usize = 200;
@@ -21,37 +24,18 @@ const ENTRIES: u64 = 10_000;
 const STREAM_BYTES: usize = 256 << 20;
 const REST: Duration = Duration::from_secs(10);
 
-fn variable(name: &str) -> PathBuf {
-    std::env::var_os(name).map(PathBuf::from).unwrap_or_else(|| panic!("{name} is not set; use `make bench`"))
-}
-
 #[tokio::main]
 async fn main() {
     let state = tempfile::tempdir().expect("a directory");
-    let config = EngineConfig {
-        template_limit_mib: 0,
-        state_dir: state.path().to_owned(),
-        cache_dir: variable("PYRO_TEST_ENVIRONMENTS"),
-        apt_sources: None,
-        tool_path: std::env::var_os("PATH").unwrap_or_default(),
-        backend: None,
-        firecracker: None,
-        max_active_vms: 4,
-        max_ttl_seconds: 3600,
-        supervisor: Some(variable("PYRO_TEST_PROGRAM")),
-    };
+    // Its starts are cold ones: the others have a bench of their own.
+    let config = EngineConfig { template_limit_mib: 0, ..support::config(state.path(), 4) };
     let engine = Engine::open(config.clone()).expect("the engine opens");
     starts(&engine, &config).await;
     tasks(&engine, &config).await;
 }
 
 async fn starts(engine: &Engine, config: &EngineConfig) {
-    let cache = config.state_dir.join("host.json");
-    let binary = find_qemu(&config.tool_path).expect("QEMU is installed");
-    let version = qemu_version(&binary, &cache).expect("it tells its version");
-    let facts = HostFacts::load(&cache);
-    let accel = if facts.kvm.usable { Accel::Kvm } else { Accel::Tcg { tsc_khz: facts.tsc_khz } };
-    let qemu = Qemu::new(QemuConfig { binary, version: version.version, sandbox: version.sandbox, accel });
+    let qemu = bare_qemu(config);
     let bare_dir = tempfile::tempdir().expect("a directory");
     let (mut bare, mut whole, mut guest) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
@@ -191,22 +175,7 @@ async fn boot_bare(qemu: &Qemu, dir: &Path) -> Duration {
 }
 
 fn supervisor(id: &str) -> u32 {
-    let processes = fs_err::read_dir("/proc").expect("proc").flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let serves = |pid: &u32| {
-        let line = fs_err::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        String::from_utf8_lossy(&line).contains(&format!("supervise\0{id}"))
-    };
-    pids.into_iter().find(serves).expect("the supervisor lives")
-}
-
-/// What is resident, the share of it that is the process's own where pages are shared, and what is private, in MB.
-fn memory(pid: u32) -> [f64; 3] {
-    let text = fs_err::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("it lives");
-    ["Rss:", "Pss:", "Private_Dirty:"].map(|name| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name)).expect("told");
-        line.trim().trim_end_matches("kB").trim().parse::<f64>().expect("a number") / 1e3
-    })
+    *processes(&format!("supervise\0{id}")).first().expect("the supervisor lives")
 }
 
 /// The processor time that a process has used.
@@ -216,13 +185,4 @@ fn processor(pid: u32) -> Duration {
     let (_, rest) = stat.rsplit_once(") ").expect("a name");
     let ticks: u64 = rest.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
     Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND)
-}
-
-fn millis(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
-}
-
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort();
-    times[times.len() / 2]
 }

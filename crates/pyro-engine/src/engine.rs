@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,9 +12,10 @@ use pyro_vmm::{DiskCache, Isolation, Vmm};
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind};
-use crate::observe::{Building, CancelOnDrop, Observer};
+use crate::observe::{Building, CancelOnDrop, Observer, Phase};
 use crate::registry::{Registry, Swept};
-use crate::spec::VmSpec;
+use crate::spare::Slot;
+use crate::spec::{Command, ExecSpec, VmSpec};
 use crate::vm::Vm;
 
 /// Everything that the engine needs to know; it reads nothing else.
@@ -35,6 +36,9 @@ pub struct EngineConfig {
     pub firecracker: Option<PathBuf>,
     /// What the templates of the cache may take together, in MiB; 0: machines always boot.
     pub template_limit_mib: u64,
+    /// Keep one machine running for the next command of the kind that was run last: right for a process that lives long
+    /// and runs many.
+    pub spare: bool,
     /// Live machines and tasks on this state directory at the most.
     pub max_active_vms: u32,
     /// The longest life that may be asked for, in seconds.
@@ -56,6 +60,9 @@ pub struct Reaped {
     pub problems: Vec<String>,
 }
 
+/// The tier that a machine will have, and its files.
+pub(crate) type Ground = (Isolation, Environment);
+
 /// Machines, tasks, commands and environments of one state directory. Cheap to clone; all methods may be called at
 /// the same time. Machines that it made end with it; tasks do not.
 #[derive(Clone, Debug)]
@@ -72,6 +79,7 @@ pub(crate) struct Inner {
     swept: Mutex<Swept>,
     /// Machines of this process.
     pub(crate) vms: Mutex<HashMap<String, Arc<Vm>>>,
+    pub(crate) spare: Mutex<Slot>,
 }
 
 impl Engine {
@@ -106,6 +114,7 @@ impl Engine {
                 registry,
                 swept: Mutex::default(),
                 vms: Mutex::default(),
+                spare: Mutex::default(),
             }),
         })
     }
@@ -150,6 +159,35 @@ impl Engine {
     /// As [`Engine::prepare`].
     pub async fn pull(&self, name: &str, observer: &Observer) -> Result<Pulled, Error> {
         self.with_store(name, observer, |store, name, building| store.pull(name, building)).await
+    }
+
+    /// Has all guests boot with a kernel of the caller's from now on. It is tried first, where an environment is installed,
+    /// and one that does not boot is not kept. Returns its digest and its release.
+    ///
+    /// # Errors
+    /// When the file is no kernel, or no guest boots with it; guests have the kernels of their environments then.
+    pub async fn use_kernel(&self, image: &Path, observer: &Observer) -> Result<(String, String), Error> {
+        let store = &self.inner.store;
+        let used = store.use_kernel(image)?;
+        let installed = store.list()?.into_iter().find(|entry| entry.installed);
+        if let Some(entry) = installed {
+            observer.tell(Phase::Environment("trying".to_owned(), format!("{} with {}", entry.name, used.1)));
+            let spec = VmSpec { cold: true, ..VmSpec::new(entry.name) };
+            let tried = self.run(spec, ExecSpec::new(Command::argv(["true"])), Observer::none()).await;
+            let failed = match tried {
+                Ok(result) if result.exit_code == 0 => None,
+                Ok(result) => {
+                    let text = format!("with this kernel, `true` has ended with {}", result.exit_code);
+                    Some(Error::new(ErrorKind::Environment, text))
+                }
+                Err(error) => Some(error),
+            };
+            if let Some(error) = failed {
+                store.forget_kernel()?;
+                return Err(error.hint("it is not used; build one of kernel/config: make kernel"));
+            }
+        }
+        Ok(used)
     }
 
     /// Removes all environments that no machine, no task and no build uses.
@@ -217,7 +255,7 @@ impl Engine {
         spec: &VmSpec,
         disk: DiskCache,
         observer: &Observer,
-    ) -> Result<Option<(Isolation, Environment)>, Error> {
+    ) -> Result<Option<Ground>, Error> {
         match self.isolation() {
             Ok(isolation) => {
                 crate::budget::check(self.inner.registry.state_dir(), spec.mem_mib)?;

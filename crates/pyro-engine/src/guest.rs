@@ -9,14 +9,14 @@ use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Mutex;
 use std::task::{Context, Poll};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hyper_util::rt::TokioIo;
 use pyro_proto::agent_client::AgentClient;
 use pyro_proto::resync::{self, Step};
 use pyro_proto::{
     EnvVar, ExecExited, ExecInput, ExecRefused, ExecStart, GENERATION, HelloRequest, IdentifyRequest,
-    PowerOffRequest, RestRequest, SignalRequest, StdinEnd, exec_event, exec_input, limits,
+    PowerOffRequest, RestRequest, SetClockRequest, SignalRequest, StdinEnd, exec_event, exec_input, limits,
 };
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, ReadBuf};
 use tokio::net::UnixStream;
@@ -33,6 +33,10 @@ const KILL_AFTER: Duration = Duration::from_secs(2);
 /// A guest that does not answer these is dead or hostile; a crowded host may make it slow.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How far the clock of a guest may be off, and how often it is set anew where it may be further off.
+const CLOCK_ERROR: Duration = Duration::from_millis(50);
+const CLOCK_ATTEMPTS: usize = 4;
 
 /// Which of the two output streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,14 +129,25 @@ impl Guest {
     async fn identify(&mut self, identity: &Identity) -> io::Result<()> {
         let mut entropy = vec![0; 64];
         getrandom::fill(&mut entropy).map_err(io::Error::other)?;
-        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let identity = IdentifyRequest {
             entropy: entropy.into(),
-            realtime_nanos: u64::try_from(time.as_nanos()).unwrap_or(u64::MAX),
+            realtime_nanos: realtime_nanos(),
             hostname: identity.hostname.clone(),
             machine_id: identity.machine_id.clone(),
         };
-        self.client.identify(identity).await.map(drop).map_err(other)
+        let mut asked = Instant::now();
+        self.client.identify(identity).await.map_err(other)?;
+        // A guest's clock is behind by no more than the time between question and answer: on a crowded host, that may
+        // be too much.
+        for _ in 0..CLOCK_ATTEMPTS {
+            if asked.elapsed() <= CLOCK_ERROR {
+                break;
+            }
+            asked = Instant::now();
+            let request = SetClockRequest { realtime_nanos: realtime_nanos() };
+            self.client.set_clock(request).await.map_err(other)?;
+        }
+        Ok(())
     }
 
     /// Sends a command, once.
@@ -195,6 +210,11 @@ impl Exec {
             }
         }
     }
+}
+
+fn realtime_nanos() -> u64 {
+    let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// An error with its causes, which the transport keeps to itself.

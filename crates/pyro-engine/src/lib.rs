@@ -32,6 +32,7 @@ mod lock;
 mod observe;
 mod record;
 mod registry;
+mod spare;
 mod spec;
 mod supervisor;
 mod task;

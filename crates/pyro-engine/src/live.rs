@@ -258,6 +258,11 @@ impl Live {
         self.running.as_ref()
     }
 
+    /// Whether its guest runs.
+    pub(crate) fn lives(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| running.machine.memory_usage().is_some())
+    }
+
     /// Boots the machine and waits for its agent.
     pub(crate) async fn start(
         &mut self,

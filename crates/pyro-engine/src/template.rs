@@ -176,7 +176,8 @@ impl Engine {
             memory_mib: spec.mem_mib,
             disk,
             fresh: None,
-            identity: Identity { hostname: "pyro-template".to_owned(), machine_id: "0".repeat(32) },
+            // As long as any other, so that its files need only be written over.
+            identity: Identity { hostname: format!("pyro-{}", "0".repeat(12)), machine_id: "0".repeat(32) },
         };
         let shape = shape(&vmm, &machine_spec(&boot(std::path::PathBuf::new())), spec.disk_mib)
             .ok_or_else(|| unavailable("this VMM cannot save a machine"))?;

@@ -7,7 +7,7 @@ use pyro_image::Environment;
 use pyro_vmm::DiskCache;
 use tokio::sync::watch;
 
-use crate::engine::{Engine, may_use_host};
+use crate::engine::{Engine, Ground, may_use_host};
 use crate::error::{Error, ErrorKind};
 use crate::execute::{Cancel, Limit, Output, Place, Subject, carry_out, millis};
 use crate::live::{Live, Running, StartTimes, unavailable};
@@ -28,11 +28,12 @@ pub(crate) struct Vm {
     cancel: watch::Sender<Option<Fault>>,
 }
 
-/// What comes of an admission: a slot, a directory, a disk.
-struct Admitted {
-    record: VmRecord,
-    environment: Option<Environment>,
-    live: Live,
+/// What comes of an admission: a slot and a directory.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    pub(crate) record: VmRecord,
+    pub(crate) environment: Option<Environment>,
+    pub(crate) live: Live,
 }
 
 impl Engine {
@@ -44,10 +45,18 @@ impl Engine {
     pub async fn run(&self, vm: VmSpec, exec: ExecSpec, observer: Observer) -> Result<ExecResult, Error> {
         exec.check()?;
         let began = Instant::now();
-        let Admitted { mut record, environment, mut live } = self.admit(&vm, &observer).await?;
+        let ground = self.check_and_ground(&vm, &observer).await?;
+        let spare = ground.as_ref().and_then(|(_, environment)| self.take_spare(&vm, environment));
+        let Admitted { mut record, environment, mut live } = match spare {
+            Some(spare) => spare,
+            None => self.admit_on(&vm, ground, &observer).await?,
+        };
         let prepare = began.elapsed();
         observer.tell(Phase::Start(record.vm_id.clone()));
-        let started = self.start_live(&vm, &mut record, environment.as_ref(), &mut live).await;
+        let started = match live.running() {
+            Some(_) => Ok(StartTimes::default()),
+            None => self.start_live(&vm, &mut record, environment.as_ref(), &mut live).await,
+        };
         let times = match started {
             Ok(times) => times,
             Err(error) => {
@@ -62,6 +71,7 @@ impl Engine {
         let result = execute(&live, &record, exec, &observer, Cancel::default()).await;
         let cleaning = Instant::now();
         let removed = live.remove().await;
+        self.keep_spare(&vm);
         let mut result = result?;
         result.timings = Timings {
             prepare: millis(prepare),
@@ -223,10 +233,23 @@ impl Engine {
         Ok(Deleted { vm_id: vm_id.to_owned(), deleted: true, reason: "explicit_delete" })
     }
 
-    /// Checks, builds, takes a slot and makes the disk: all that comes before a boot.
-    async fn admit(&self, spec: &VmSpec, observer: &Observer) -> Result<Admitted, Error> {
+    /// Checks, builds and takes a slot: all that comes before a start.
+    pub(crate) async fn admit(&self, spec: &VmSpec, observer: &Observer) -> Result<Admitted, Error> {
+        let ground = self.check_and_ground(spec, observer).await?;
+        self.admit_on(spec, ground, observer).await
+    }
+
+    async fn check_and_ground(&self, spec: &VmSpec, observer: &Observer) -> Result<Option<Ground>, Error> {
         self.check(spec)?;
-        let ground = self.ground(spec, DiskCache::Unsafe, observer).await?;
+        self.ground(spec, DiskCache::Unsafe, observer).await
+    }
+
+    async fn admit_on(
+        &self,
+        spec: &VmSpec,
+        ground: Option<Ground>,
+        observer: &Observer,
+    ) -> Result<Admitted, Error> {
         observer.tell(Phase::Create(spec.environment.clone()));
         let (engine, spec) = (self.clone(), spec.clone());
         self.blocking(move || {
@@ -234,11 +257,19 @@ impl Engine {
             let isolation = ground.as_ref().map_or("none", |(isolation, _)| isolation.as_str());
             let version = ground.as_ref().map_or("", |(_, environment)| environment.version.as_str());
             let digest = ground.as_ref().map(|(_, environment)| environment.digest.clone());
-            let (lease, record) = inner.registry.admit(inner.config.max_active_vms, |id| {
-                let mut record = VmRecord::new(id, &spec, version, isolation, now());
-                record.metadata.extend(digest.map(|digest| ("environment_digest".to_owned(), digest)));
-                record
-            })?;
+            let admit = || {
+                inner.registry.admit(inner.config.max_active_vms, |id| {
+                    let mut record = VmRecord::new(id, &spec, version, isolation, now());
+                    let digest = digest.clone().map(|digest| ("environment_digest".to_owned(), digest));
+                    record.metadata.extend(digest);
+                    record
+                })
+            };
+            let (lease, record) = match admit() {
+                // A machine that is asked for comes before one that waits for somebody to ask.
+                Err(error) if error.kind() == ErrorKind::CapReached && engine.end_spare() => admit()?,
+                admitted => admitted?,
+            };
             let live = match &ground {
                 Some(_) => Live::new(Arc::clone(&inner.registry), lease),
                 None => Live::on_host(Arc::clone(&inner.registry), lease)?,
@@ -249,7 +280,7 @@ impl Engine {
     }
 
     /// Boots a machine; where that fails and the caller has opted into the host, the host takes its place.
-    async fn start_live(
+    pub(crate) async fn start_live(
         &self,
         spec: &VmSpec,
         record: &mut VmRecord,
@@ -330,7 +361,7 @@ impl Vm {
 }
 
 /// Runs a command where the machine's commands run.
-async fn execute(
+pub(crate) async fn execute(
     live: &Live,
     record: &VmRecord,
     exec: ExecSpec,

@@ -18,7 +18,7 @@ pub(crate) async fn run(verb: EnvVerb, printer: &Printer) -> Result<ExitCode, Fa
         EnvVerb::Pull(args) => pull(&engine, args, printer).await?,
         EnvVerb::Inspect(args) => inspect(&engine, &args.environment, printer)?,
         EnvVerb::Prune(_) => prune(&engine, printer)?,
-        EnvVerb::Kernel(args) => kernel(&engine, &args, printer)?,
+        EnvVerb::Kernel(args) => kernel(&engine, &args, printer).await?,
         EnvVerb::Firecracker(args) => firecracker(&engine, args.from, printer).await?,
     }
     Ok(ExitCode::SUCCESS)
@@ -39,12 +39,7 @@ fn list(engine: &Engine, printer: &Printer) -> Result<(), Failure> {
 }
 
 async fn pull(engine: &Engine, args: PullArgs, printer: &Printer) -> Result<(), Failure> {
-    let words = printer.clone();
-    let observer = Observer::none().on_phase(move |phase| {
-        if let Phase::Environment(step, detail) = phase {
-            words.step(&step, &detail);
-        }
-    });
+    let observer = steps(printer);
     let name = args.environment.environment;
     let pulled = engine.pull(&name, &observer).await?;
     let mut templates = None;
@@ -76,6 +71,16 @@ async fn pull(engine: &Engine, args: PullArgs, printer: &Printer) -> Result<(), 
     Ok(())
 }
 
+/// Tells the steps of long work.
+fn steps(printer: &Printer) -> Observer {
+    let words = printer.clone();
+    Observer::none().on_phase(move |phase| {
+        if let Phase::Environment(step, detail) = phase {
+            words.step(&step, &detail);
+        }
+    })
+}
+
 fn inspect(engine: &Engine, name: &str, printer: &Printer) -> Result<(), Failure> {
     let inspection = engine.environments().inspect(name).map_err(pyro_engine::Error::from)?;
     // The object is the human form too: it is a list of facts.
@@ -83,10 +88,11 @@ fn inspect(engine: &Engine, name: &str, printer: &Printer) -> Result<(), Failure
     Ok(())
 }
 
-fn kernel(engine: &Engine, args: &KernelArgs, printer: &Printer) -> Result<(), Failure> {
+async fn kernel(engine: &Engine, args: &KernelArgs, printer: &Printer) -> Result<(), Failure> {
     let store = engine.environments();
     if let Some(image) = &args.from {
-        store.use_kernel(image).map_err(pyro_engine::Error::from)?;
+        engine.use_kernel(image, &steps(printer)).await?;
+        printer.settle();
     } else if args.remove {
         store.forget_kernel().map_err(pyro_engine::Error::from)?;
     }

@@ -12,3 +12,4 @@ mod power_loss;
 mod run;
 mod support;
 mod task;
+mod template;

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::support::{Pyro, is_root, kill, text};
+use crate::support::{Pyro, is_root, kill, run, text};
 
 const IMAGE_MIB: u64 = 700;
 
@@ -99,11 +99,7 @@ struct Mounted(std::path::PathBuf);
 impl Drop for Mounted {
     fn drop(&mut self) {
         run(Command::new("umount").arg("-l").arg(Path::new(&self.0)));
+        // Whoever owns it could not remove it while something was mounted there.
+        fs::remove_dir(&self.0).ok();
     }
-}
-
-fn run(command: &mut Command) -> bool {
-    #[expect(clippy::disallowed_methods, reason = "short tools of the test")]
-    let status = command.status();
-    status.is_ok_and(|status| status.success())
 }

@@ -13,6 +13,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Pyro {
     state: TempDir,
+    cache: PathBuf,
     /// Words before the command: what it is run by.
     wrapper: Vec<String>,
 }
@@ -23,7 +24,7 @@ impl Pyro {
     }
 
     pub(crate) fn at(state: TempDir) -> Self {
-        Self { state, wrapper: Vec::new() }
+        Self { state, cache: environments(), wrapper: Vec::new() }
     }
 
     /// One that finds no QEMU: in a mount namespace of its own, something else is in its place.
@@ -33,6 +34,20 @@ impl Pyro {
         let wrapper = ["unshare", flags, "sh", "-c", hide, "sh"];
         let mut pyro = Self::new();
         pyro.wrapper = wrapper.map(str::to_owned).to_vec();
+        pyro
+    }
+
+    /// One with environments of its own in a directory: those of all tests, without their templates.
+    pub(crate) fn with_cache(cache: &Path) -> Self {
+        let copied = run(Command::new("cp").arg("-al").arg(environments()).arg(cache));
+        assert!(copied, "the environments can be linked");
+        // Locks are on files, and a link to one is the same file.
+        for own in ["templates", "locks"] {
+            fs::remove_dir_all(cache.join(own)).expect("removed");
+            fs::create_dir(cache.join(own)).expect("made");
+        }
+        let mut pyro = Self::new();
+        cache.clone_into(&mut pyro.cache);
         pyro
     }
 
@@ -57,7 +72,7 @@ impl Pyro {
         command
             .args(line)
             .env("PYRO_STATE_DIR", self.state())
-            .env("PYRO_ENVIRONMENT_CACHE_DIR", environments())
+            .env("PYRO_ENVIRONMENT_CACHE_DIR", &self.cache)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
@@ -162,6 +177,13 @@ pub(crate) fn is_root() -> bool {
 pub(crate) fn start(command: &mut Command) -> Child {
     #[expect(clippy::disallowed_methods, reason = "the test decides about its end")]
     command.spawn().expect("it runs")
+}
+
+/// Runs a short tool; whether it succeeded.
+pub(crate) fn run(command: &mut Command) -> bool {
+    #[expect(clippy::disallowed_methods, reason = "short tools of the tests")]
+    let status = command.status();
+    status.is_ok_and(|status| status.success())
 }
 
 pub(crate) fn kill(pid: i32, signal: &str) {

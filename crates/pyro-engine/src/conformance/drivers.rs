@@ -32,6 +32,7 @@ fn driver(backend: &str) -> Result<Driver, String> {
         max_active_vms: 1,
         max_ttl_seconds: 60,
         template_limit_mib: 0,
+        spare: false,
         supervisor: None,
     };
     let engine = Engine::open(config).expect("opened");

@@ -95,6 +95,7 @@ impl From<OrderConfig> for EngineConfig {
             tool_path: config.tool_path,
             backend: config.backend,
             template_limit_mib: config.template_limit_mib,
+            spare: false,
             max_active_vms: config.max_active_vms,
             max_ttl_seconds: config.max_ttl_seconds,
             supervisor: None,

@@ -1,0 +1,223 @@
+//! A spare: one machine that runs already, for the next command of the kind that was run last.
+//!
+//! It is a machine of this engine like any other: it has a row and counts towards the cap, and it ends with the engine.
+//! Nobody has used it, and it has an identity of its own. It takes the last free slot from nobody, and makes room for a
+//! machine that is asked for.
+
+use std::sync::{MutexGuard, PoisonError};
+use std::time::Duration;
+
+use pyro_image::Environment;
+
+use crate::engine::Engine;
+use crate::execute::Cancel;
+use crate::observe::Observer;
+use crate::registry::now;
+use crate::spec::{Command, ExecSpec, VmSpec};
+use crate::vm::{Admitted, execute};
+
+/// How long a spare waits for somebody to use it.
+const IDLE: Duration = Duration::from_secs(600);
+
+/// A machine in waiting.
+#[derive(Debug)]
+pub(crate) struct Spare {
+    admitted: Admitted,
+    spec: VmSpec,
+}
+
+/// The spare of an engine: there, or in the making.
+#[derive(Debug, Default)]
+pub(crate) struct Slot {
+    spare: Option<Spare>,
+    in_the_making: bool,
+}
+
+/// Says that none is in the making any more.
+struct Making<'a>(&'a Engine);
+
+impl Drop for Making<'_> {
+    fn drop(&mut self) {
+        self.0.slot().in_the_making = false;
+    }
+}
+
+impl Engine {
+    /// Takes the spare for a machine of this description, if it fits.
+    pub(crate) fn take_spare(&self, spec: &VmSpec, environment: &Environment) -> Option<Admitted> {
+        let spare = self.slot().spare.take_if(|spare| {
+            spare.admitted.live.lives()
+                && like(&spare.spec, spec)
+                && spare.admitted.environment.as_ref().is_some_and(|its| {
+                    its.digest == environment.digest && its.kernel_digest == environment.kernel_digest
+                })
+        })?;
+        let mut admitted = spare.admitted;
+        let record = &mut admitted.record;
+        record.ttl_seconds = spec.ttl_seconds;
+        record.allow_host_compat = spec.allow_host_compat;
+        record.created_at = now();
+        record.expires_at = record.created_at + f64::from(spec.ttl_seconds);
+        // A row that says less than it could is no reason to do without the machine.
+        drop(self.inner.registry.update(record));
+        Some(admitted)
+    }
+
+    /// Ends the spare; whether there was one. Its slot is free when this returns.
+    pub(crate) fn end_spare(&self) -> bool {
+        self.slot().spare.take().is_some()
+    }
+
+    /// Makes a spare for the next machine of this description, in its own time.
+    pub(crate) fn keep_spare(&self, spec: &VmSpec) {
+        if !self.inner.config.spare || spec.cold || spec.require_isolation.is_some() {
+            return;
+        }
+        let mut slot = self.slot();
+        if slot.in_the_making || slot.spare.as_ref().is_some_and(|spare| like(&spare.spec, spec)) {
+            return;
+        }
+        slot.in_the_making = true;
+        drop(slot);
+        let (inner, spec) = (std::sync::Arc::downgrade(&self.inner), spec.clone());
+        drop(tokio::spawn(async move {
+            let Some(inner) = inner.upgrade() else { return };
+            let engine = Self { inner };
+            let making = Making(&engine);
+            engine.end_spare();
+            let made = engine.make_spare(&spec).await;
+            drop(making);
+            let Some(admitted) = made else { return };
+            let id = admitted.record.vm_id.clone();
+            engine.slot().spare = Some(Spare { admitted, spec });
+            let inner = std::sync::Arc::downgrade(&engine.inner);
+            drop(engine);
+            tokio::time::sleep(IDLE).await;
+            let Some(inner) = inner.upgrade() else { return };
+            let engine = Self { inner };
+            let idle = engine.slot().spare.take_if(|spare| spare.admitted.record.vm_id == id);
+            if let Some(spare) = idle {
+                drop(spare.admitted.live.remove().await);
+            }
+        }));
+    }
+
+    /// A machine that has run a command, so that what its processor had to learn for one it knows. None where anything is
+    /// in the way: the next machine is then made when it is asked for.
+    async fn make_spare(&self, spec: &VmSpec) -> Option<Admitted> {
+        let cap = self.inner.config.max_active_vms;
+        // One slot stays free for whoever asks next.
+        if self.live_vms().ok()? + 1 >= cap {
+            return None;
+        }
+        let spec = VmSpec { ttl_seconds: self.inner.config.max_ttl_seconds, ..spec.clone() };
+        let mut admitted = self.admit(&spec, &Observer::none()).await.ok()?;
+        let Admitted { record, environment, live } = &mut admitted;
+        self.start_live(&spec, record, environment.as_ref(), live).await.ok()?;
+        live.running()?;
+        let warm = ExecSpec::new(Command::argv(["true"]));
+        execute(live, record, warm, &Observer::none(), Cancel::default()).await.ok()?;
+        Some(admitted)
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Slot> {
+        self.inner.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether a machine of one description serves for another.
+fn like(one: &VmSpec, other: &VmSpec) -> bool {
+    let shape = |spec: &VmSpec| {
+        (spec.environment.clone(), spec.vcpu_count, spec.mem_mib, spec.disk_mib, spec.network)
+    };
+    shape(one) == shape(other) && !other.cold
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::time::Instant;
+
+    use super::*;
+    use crate::engine::EngineConfig;
+
+    /// An engine that keeps a spare, on the environments of the tests.
+    fn engine(test: &str, cap: u32) -> Option<(tempfile::TempDir, Engine)> {
+        let Some(cache_dir) = std::env::var_os("PYRO_TEST_ENVIRONMENTS").map(PathBuf::from) else {
+            println!("skipped: {test}: PYRO_TEST_ENVIRONMENTS is not set");
+            return None;
+        };
+        let state = tempfile::tempdir().expect("a directory");
+        let config = EngineConfig {
+            state_dir: state.path().join("state"),
+            cache_dir,
+            apt_sources: None,
+            tool_path: std::env::var_os("PATH").unwrap_or_default(),
+            backend: None,
+            firecracker: None,
+            template_limit_mib: 4096,
+            spare: true,
+            max_active_vms: cap,
+            max_ttl_seconds: 3600,
+            supervisor: None,
+        };
+        Some((state, Engine::open(config).expect("opened")))
+    }
+
+    fn spec() -> VmSpec {
+        VmSpec { mem_mib: 512, ..VmSpec::new("debian:12") }
+    }
+
+    async fn hostname(engine: &Engine, spec: VmSpec) -> (String, String) {
+        let exec = ExecSpec::new(Command::argv(["cat", "/etc/hostname"]));
+        let result = engine.run(spec, exec, Observer::none()).await.expect("it runs");
+        (result.vm_id.unwrap_or_default(), result.stdout.trim().to_owned())
+    }
+
+    /// The id of the spare once it is there.
+    async fn waiting(engine: &Engine) -> String {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        loop {
+            if let Some(spare) = &engine.slot().spare {
+                return spare.admitted.record.vm_id.clone();
+            }
+            assert!(Instant::now() < deadline, "no spare was made");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_next_command_gets_the_spare_and_another_kind_does_not() {
+        let Some((_state, engine)) = engine("the_next_command_gets_the_spare_and_another_kind_does_not", 4)
+        else {
+            return;
+        };
+        let (first, _) = hostname(&engine, spec()).await;
+        let spare = waiting(&engine).await;
+        assert_ne!(first, spare);
+        assert_eq!(engine.live_vms().expect("counted"), 1, "it counts");
+        // It has a name of its own, and a life as long as what was asked for.
+        let (used, name) = hostname(&engine, spec()).await;
+        assert_eq!((used.as_str(), name), (spare.as_str(), format!("pyro-{spare}")));
+        let next = waiting(&engine).await;
+        assert_ne!(next, spare);
+        let (other, _) = hostname(&engine, VmSpec { cold: true, ..spec() }).await;
+        assert_ne!(other, next);
+        assert_eq!(waiting(&engine).await, next, "who wants to boot leaves it to others");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_spare_makes_room_and_ends_with_its_engine() {
+        let Some((state, engine)) = engine("a_spare_makes_room_and_ends_with_its_engine", 2) else { return };
+        hostname(&engine, spec()).await;
+        waiting(&engine).await;
+        let machines = [(); 2].map(|()| engine.create_vm(spec(), Observer::none()));
+        for machine in machines {
+            machine.await.expect("the spare goes when its slot is wanted");
+        }
+        let refused = engine.create_vm(spec(), Observer::none()).await.expect_err("full");
+        assert_eq!(refused.to_string(), "max active VMs reached (2); delete old VMs first");
+        drop(engine);
+        assert_eq!(fs_err::read_dir(state.path().join("state/vms")).expect("there").count(), 0);
+    }
+}
