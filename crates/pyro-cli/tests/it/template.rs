@@ -12,6 +12,9 @@ use sha2::{Digest, Sha256};
 
 use crate::support::{Dice, Pyro, is_root, kill, run, text};
 
+/// What is wrong with a template, and how it comes to be.
+type Damage = (&'static str, fn(&Path));
+
 const SIZE: [&str; 2] = ["--mem-mib", "512"];
 
 fn run_json(pyro: &Pyro, flags: &[&str], command: &[&str]) -> Value {
@@ -145,7 +148,7 @@ fn whatever_is_wrong_with_a_template_the_run_works_and_the_template_is_replaced(
     check("none yet", "restored");
     let first = templates(&cache);
     assert_eq!(first.len(), 1);
-    let damages: [(&str, fn(&Path)); 6] = [
+    let damages: [Damage; 6] = [
         ("a memory cut short", |dir| file(dir, "memory").set_len(1 << 20).expect("cut")),
         ("flipped bits in the memory", |dir| flip(dir, "memory")),
         ("flipped bits in the state", |dir| flip(dir, "state")),

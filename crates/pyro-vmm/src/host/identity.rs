@@ -18,10 +18,9 @@ pub(crate) fn program_identity(binary: &Path) -> String {
 pub(crate) fn cpu_identity() -> String {
     let info = fs_err::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let first = info.split("\n\n").next().unwrap_or_default();
-    let telling = first
-        .lines()
-        .filter_map(|line| line.split_once(':'))
-        .filter_map(|(name, value)| TELLING.contains(&name.trim()).then(|| value.trim().to_owned()));
+    let lines = first.lines().filter_map(|line| line.split_once(':'));
+    let telling =
+        lines.filter(|(name, _)| TELLING.contains(&name.trim())).map(|(_, value)| value.trim().to_owned());
     let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
     telling.chain([kernel]).collect::<Vec<_>>().join(" ")
 }
