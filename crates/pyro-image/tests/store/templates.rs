@@ -7,6 +7,9 @@ use pyro_image::{Environment, Silent, Store, Template, TemplateFiles, TemplateSh
 
 use crate::support::Fixture;
 
+/// What is wrong with a template, and how it comes to be.
+type Damage = (&'static str, fn(&TemplateFiles));
+
 const NAME: &str = "debian:12-base";
 
 fn shape() -> TemplateShape {
@@ -53,7 +56,7 @@ fn a_template_serves_its_own_shape_only() {
     assert!(!found(&store, &environment, &shape()));
     let template = make(&store, &environment, &shape(), 64);
     assert!(found(&store, &environment, &shape()));
-    assert_eq!(std::fs::metadata(&template.files.memory).expect("there").len(), 512 << 20);
+    assert_eq!(fs_err::metadata(&template.files.memory).expect("there").len(), 512 << 20);
     let others = [
         TemplateShape { vcpus: 2, ..shape() },
         TemplateShape { memory_mib: 513, ..shape() },
@@ -77,15 +80,15 @@ fn what_is_damaged_is_none_and_what_was_only_touched_is_one() {
     let fixture = Fixture::new();
     let store = fixture.store();
     let environment = store.ensure(NAME, &Silent).expect("built");
-    let damage: [(&str, fn(&TemplateFiles)); 6] = [
+    let damage: [Damage; 6] = [
         ("a byte of the memory", |files| flip(&files.memory, 4100)),
         ("a byte of the state", |files| flip(&files.state, 4100)),
         ("a byte of the disk", |files| flip(&files.overlay, 4100)),
         ("a memory cut short", |files| cut(&files.memory, 1 << 20)),
-        ("no state", |files| std::fs::remove_file(&files.state).expect("removed")),
+        ("no state", |files| fs_err::remove_file(&files.state).expect("removed")),
         ("a manifest of another version", |files| {
             let manifest = files.state.with_file_name("manifest.json");
-            std::fs::write(manifest, "{\"format_version\": 2}").expect("written");
+            fs_err::write(manifest, "{\"format_version\": 2}").expect("written");
         }),
     ];
     for (what, damage) in damage {
@@ -165,5 +168,5 @@ fn inspect_shows_templates_and_prune_removes_those_of_no_use() {
     assert_eq!(store.inspect(NAME).expect("readable").templates.len(), 1);
     drop(environment);
     store.prune().expect("pruned");
-    assert_eq!(std::fs::read_dir(fixture.cache.join("templates")).expect("there").count(), 0);
+    assert_eq!(fs_err::read_dir(fixture.cache.join("templates")).expect("there").count(), 0);
 }
