@@ -38,13 +38,17 @@ fn a_vmm_that_is_killed_ends_its_command_as_an_error_and_leaves_nothing() {
     let pyro = Pyro::new();
     let mut dice = Dice::new(2);
     for _ in 0..TIMES {
-        let child = pyro.spawn(&["run", "debian:12", "--json", "--", "sleep", "99"]);
+        let mut child = pyro.spawn(&["run", "debian:12", "--json", "--", "sleep", "99"]);
         let own = i32::try_from(child.id()).expect("small");
         pyro.until("there is a VMM", |pyro| pyro.processes().iter().any(|pid| *pid != own));
         std::thread::sleep(Duration::from_millis(dice.below(2500)));
-        for pid in pyro.processes().into_iter().filter(|pid| *pid != own) {
-            kill(pid, "KILL");
-        }
+        // One that was about to be restored is followed by one that boots, which dies too.
+        pyro.until("pyro has ended", |pyro| {
+            for pid in pyro.processes().into_iter().filter(|pid| *pid != own) {
+                kill(pid, "KILL");
+            }
+            child.try_wait().expect("its state").is_some()
+        });
         let output = child.wait_with_output().expect("pyro ends");
         let result: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one object");
         match output.status.code() {
