@@ -76,19 +76,32 @@ pub(crate) struct StartTimes {
     pub(crate) handshake: Duration,
 }
 
-/// The machine that is to be started.
-pub(crate) fn machine_spec(boot: &Boot<'_>) -> MachineSpec {
+/// A machine with the files of an environment and a disk in its directory.
+pub(crate) fn machine_spec(
+    dir: PathBuf,
+    environment: &Environment,
+    vcpus: u8,
+    memory_mib: u32,
+    overlay_cache: DiskCache,
+) -> MachineSpec {
     MachineSpec {
-        dir: boot.dir.clone(),
-        kernel: boot.environment.kernel.clone(),
-        initramfs: boot.environment.initramfs.clone(),
-        rootfs: boot.environment.rootfs.clone(),
+        dir,
+        kernel: environment.kernel.clone(),
+        initramfs: environment.initramfs.clone(),
+        rootfs: environment.rootfs.clone(),
         overlay: OVERLAY.into(),
-        overlay_cache: boot.disk,
-        vcpus: boot.vcpus,
-        memory_mib: boot.memory_mib,
+        overlay_cache,
+        vcpus,
+        memory_mib,
         kernel_args: Vec::new(),
         savable: false,
+    }
+}
+
+impl Boot<'_> {
+    /// The machine that is to be started.
+    pub(crate) fn spec(&self) -> MachineSpec {
+        machine_spec(self.dir.clone(), self.environment, self.vcpus, self.memory_mib, self.disk)
     }
 }
 
@@ -100,7 +113,7 @@ pub(crate) fn boot_deadline(vmm: &Driver) -> Duration {
 impl Running {
     /// Boots a machine and waits for its agent. Dropping the future ends whatever it had started.
     pub(crate) async fn boot(vmm: &Driver, boot: &Boot<'_>) -> Result<(Self, StartTimes), Error> {
-        let spec = machine_spec(boot);
+        let spec = boot.spec();
         Self::begin(vmm, boot, vmm.launch(&spec), boot_deadline(vmm)).await
     }
 
@@ -111,7 +124,7 @@ impl Running {
         from: &Snapshot,
         deadline: Duration,
     ) -> Result<(Self, StartTimes), Error> {
-        let spec = machine_spec(boot);
+        let spec = boot.spec();
         let (running, times) = Self::begin(vmm, boot, vmm.restore(&spec, from), deadline).await?;
         Ok((Self { restored: true, ..running }, times))
     }

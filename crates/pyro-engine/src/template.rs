@@ -5,6 +5,7 @@
 //! machine boots.
 
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -117,7 +118,7 @@ impl Engine {
     /// The template for a machine on this VMM; none where there is no sound one.
     fn find_template(&self, vmm: &Driver, boot: &Boot<'_>) -> Option<Template> {
         let fresh = boot.fresh.as_ref().filter(|fresh| !fresh.cold)?;
-        let shape = shape(vmm, &machine_spec(boot), fresh.disk_mib)?;
+        let shape = shape(vmm, &boot.spec(), fresh.disk_mib)?;
         // A cache that cannot be read is one that holds nothing.
         self.inner.store.template(boot.environment, &shape).ok().flatten()
     }
@@ -169,17 +170,8 @@ impl Engine {
     ) -> Result<Option<(Template, bool)>, Error> {
         let vmm = self.vmm()?;
         let inner = &self.inner;
-        let boot = |dir| Boot {
-            dir,
-            environment,
-            vcpus: spec.vcpu_count,
-            memory_mib: spec.mem_mib,
-            disk,
-            fresh: None,
-            // As long as any other, so that its files need only be written over.
-            identity: Identity { hostname: format!("pyro-{}", "0".repeat(12)), machine_id: "0".repeat(32) },
-        };
-        let shape = shape(&vmm, &machine_spec(&boot(std::path::PathBuf::new())), spec.disk_mib)
+        let spec_in = |dir| machine_spec(dir, environment, spec.vcpu_count, spec.mem_mib, disk);
+        let shape = shape(&vmm, &spec_in(PathBuf::new()), spec.disk_mib)
             .ok_or_else(|| unavailable("this VMM cannot save a machine"))?;
         if let Some(template) = inner.store.template(environment, &shape)? {
             return Ok(Some((template, false)));
@@ -198,8 +190,7 @@ impl Engine {
         };
         let dir = workshop.lease.as_ref().map(|lease| lease.dir.clone()).unwrap_or_default();
         lay_disk(&blank, &dir.join(OVERLAY))?;
-        let boot = boot(dir.clone());
-        let saved = save_machine(&vmm, &boot, tell).await?;
+        let saved = save_machine(&vmm, spec_in(dir.clone()), tell).await?;
         let files = TemplateFiles { state: saved.state, memory: saved.memory, overlay: dir.join(OVERLAY) };
         let engine = self.clone();
         let template = self.blocking(move || Ok(engine.inner.store.finish_template(build, &files)?)).await?;
@@ -209,15 +200,21 @@ impl Engine {
 }
 
 /// Boots a machine, brings it to rest and saves it; it has ended when this returns.
-async fn save_machine(vmm: &Driver, boot: &Boot<'_>, tell: impl Fn(&str)) -> Result<Snapshot, Error> {
-    let spec = MachineSpec { savable: true, ..machine_spec(boot) };
+pub(crate) async fn save_machine(
+    vmm: &Driver,
+    spec: MachineSpec,
+    tell: impl Fn(&str),
+) -> Result<Snapshot, Error> {
+    let spec = MachineSpec { savable: true, ..spec };
+    // As long as any other, so that its files need only be written over.
+    let identity = Identity { hostname: format!("pyro-{}", "0".repeat(12)), machine_id: "0".repeat(32) };
     let machine = vmm.launch(&spec).await.map_err(|error| unavailable(&format!("phase=start: {error}")))?;
     let work = async {
         let failed = |what: &str, error: &dyn std::fmt::Display| unavailable(&format!("{what}: {error}"));
         let stream = machine.connect().await.map_err(|error| failed("the channel", &error))?;
         // On a serial port there is one stream, which must not close between a template and its copies.
         let kept = stream.as_fd().try_clone_to_owned().map_err(|error| failed("the channel", &error))?;
-        let met = tokio::time::timeout(boot_deadline(vmm), Guest::meet(stream, &boot.identity)).await;
+        let met = tokio::time::timeout(boot_deadline(vmm), Guest::meet(stream, &identity)).await;
         let guest = met
             .map_err(|elapsed| failed("the guest did not answer", &elapsed))?
             .map_err(|error| failed("the guest did not answer", &error))?;

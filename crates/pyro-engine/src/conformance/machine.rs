@@ -9,6 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::bench::{Bench, DEADLINE, Guest};
 use crate::live::{OVERLAY, lay_disk};
 use crate::record::Fault;
+use crate::template::save_machine;
 
 pub(super) async fn pause(guest: &Guest) {
     let machine = &guest.running.machine;
@@ -108,6 +109,34 @@ pub(super) async fn restores(bench: &Bench) {
     }
     assert_ne!(random[0].0, random[1].0);
     assert_ne!(random[0].1, random[1].1);
+}
+
+/// What instant start does: a machine at rest is saved, and many go on from it, two of them at once.
+pub(super) async fn template(bench: &Bench) {
+    let spec = bench.spec();
+    let dir = spec.dir.clone();
+    let saved = save_machine(&bench.driver, spec, |_step| {}).await.expect("saved");
+    assert!(!dir.join("jail").exists(), "it has ended");
+    let copy = async || {
+        let spec = bench.spec();
+        lay_disk(&dir.join(OVERLAY), &spec.dir.join(OVERLAY)).expect("copied");
+        let copy = bench.restore(spec, &saved).await;
+        let told = "head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n'; cat /etc/machine-id /etc/hosts \
+                    /proc/sys/kernel/random/boot_id";
+        let told = copy.text(told).await;
+        copy.running.machine.kill().await;
+        told
+    };
+    let (one, other) = tokio::join!(copy(), copy());
+    let mut all = std::collections::BTreeSet::from([one, other]);
+    for _ in 2..24 {
+        all.insert(copy().await);
+    }
+    assert_eq!(all.len(), 24, "no two are alike");
+    assert!(
+        all.iter().all(|told| told.matches("pyro-").count() == 1),
+        "each knows its own name alone: {all:?}"
+    );
 }
 
 pub(super) async fn no_kernel(bench: &Bench) {

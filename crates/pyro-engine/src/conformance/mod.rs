@@ -76,6 +76,7 @@ async fn all(name: &'static str, driver: Driver, files: PathBuf) {
     suite.case("a_machine_dies_with_its_owner", async |bench| owner::killed(bench).await).await;
     suite.case("a_panic_of_the_guest_is_told", async |bench| machine::panics(bench).await).await;
     suite.case("a_saved_machine_goes_on_in_others", async |bench| machine::restores(bench).await).await;
+    suite.case("a_template_serves_24_times", async |bench| machine::template(bench).await).await;
     suite.case("a_kernel_that_is_none_is_refused", async |bench| machine::no_kernel(bench).await).await;
     suite.case("a_missing_element_is_noticed", async |bench| confinement::is_missed(bench).await).await;
     suite.end();
