@@ -31,11 +31,12 @@ printf '#!/bin/sh\nexec timeout %s su -s /bin/sh %s -c ". /program.sh"\n' "$limi
 chmod +x "$root/run.sh"
 (cd "$root" && find . -mindepth 1 | cpio --quiet -o -H newc) > "$work/program.cpio"
 cat "$lane/base.cpio" "$work/program.cpio" > "$work/initramfs"
-# 16-byte compare-and-exchange is emulated wrongly by QEMU 7.2; the host timer of q35 keeps busy hosts from hanging it.
+# 16-byte compare-and-exchange is emulated wrongly by QEMU 7.2; the host timer of q35 keeps busy hosts from hanging it. The
+# clock ticks all the time: an interrupt that the emulated virtualisation loses would end a clock that is set anew each time.
 timeout $((limit + 120)) qemu-system-x86_64 -nodefaults -no-user-config -display none -no-reboot \
     -M q35 -accel tcg,thread=multi -cpu EPYC,-cx16 -smp 1 -m 2048 \
     -kernel "$lane/vmlinux" -initrd "$work/initramfs" \
-    -append 'console=ttyS0 quiet loglevel=0 reboot=t panic=-1 mitigations=off tsc=nowatchdog' \
+    -append 'console=ttyS0 quiet loglevel=0 reboot=t panic=-1 mitigations=off tsc=nowatchdog nohz=off highres=off' \
     -drive "if=none,id=lane,format=raw,readonly=on,file=$lane/lane.erofs" -device virtio-blk-pci,drive=lane \
     -serial stdio < /dev/null 2> "$work/errors" |
     tr -d '\r' | awk -v status="$work/status" '/^LANE-EXIT /{print $2 > status; next} {print; fflush()}'
