@@ -63,6 +63,10 @@ image=$(mktemp -d)
 trap 'rm -rf "$image" "${root:-$image}"' EXIT
 mkdir "$image/guest" "$image/firecracker"
 cp -L --sparse=always "$guest"/* "$image/guest/"
+if [ -d "$guest-own" ]; then
+    mkdir "$image/guest-own"
+    cp -L --sparse=always "$guest-own"/* "$image/guest-own/"
+fi
 cp "$firecracker/firecracker" "$firecracker/jailer" "$image/firecracker/"
 chmod -R a+rX "$image"
 rm -f "$lane/lane.erofs"

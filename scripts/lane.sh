@@ -3,6 +3,7 @@
 #   lane.sh USER PROGRAM ARGUMENT...
 # The helper is a QEMU that emulates a processor with virtualisation, so that Firecracker runs real guests in it whatever
 # this host can do. LANE_SECONDS is the program's time limit (300); PYRO_TEST_CASES and PYRO_TEST_CYCLES are passed on.
+# LANE_GUEST is `guest-own` for guests with the kernel of kernel/config.
 # It serves as a runner of cargo's. scripts/lane-build.sh makes what it boots from.
 set -eu
 user=$1
@@ -21,7 +22,7 @@ for file in "$program" $(ldd "$program" | grep -o '/[^ ]*'); do
 done
 strip -g "$root$program"
 {
-    echo 'export HOME=/tmp RUST_BACKTRACE=0 PYRO_TEST_GUEST=/lane/guest PYRO_FIRECRACKER=/lane/firecracker'
+    echo 'export HOME=/tmp RUST_BACKTRACE=0 PYRO_TEST_GUEST=/lane/'"${LANE_GUEST:-guest}"' PYRO_FIRECRACKER=/lane/firecracker'
     echo "export PYRO_TEST_CASES='${PYRO_TEST_CASES:-}' PYRO_TEST_CYCLES='${PYRO_TEST_CYCLES:-}'"
     printf "exec '%s'" "$program"
     printf " '%s'" "$@"

@@ -22,6 +22,7 @@ if PYRO_STATE_DIR=$tmp/state cargo run --quiet -p pyro-cli -- doctor --json | gr
     passed "$log"
     exit
 fi
+own=$(scripts/guest-own.sh)
 scripts/lane-build.sh "$tmp/guest" "$store"
 runner=CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER
 # Who is not root gets another confinement; what differs by it is run again, beside the other, and told after it.
@@ -33,4 +34,12 @@ status=0
 wait $! || status=$?
 cat "$log.nobody"
 passed "$log" && passed "$log.nobody" && ! grep -q FAILED "$log" || status=1
+if [ -n "$own" ]; then
+    # The same on guests with the kernel of kernel/config.
+    run "$runner=$PWD/scripts/lane.sh root" LANE_GUEST=guest-own PYRO_TEST_CASES=exit_code,memory,panic,goes_on,template \
+        2>&1 | tee "$log"
+    passed "$log" && ! grep -q FAILED "$log" || status=1
+else
+    echo 'skipped: firecracker with the kernel of kernel/config: it is not built (make kernel)'
+fi
 exit $status
