@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use pyro_engine::{Command, Engine, EngineConfig, ExecSpec, LogQuery, Observer, VmSpec};
 use pyro_process::Spawn;
-use pyro_vmm::{DiskCache, MachineSpec, Qemu, Vmm};
+use pyro_vmm::{Qemu, Vmm};
 use tokio::io::AsyncReadExt;
 
-use support::{bare_qemu, median, memory, millis, processes, variable};
+use support::{bare_qemu, machine, median, memory, millis, processes, variable};
 
 const ROUNDS: usize = 15;
 const COMMANDS: usize = 200;
@@ -153,18 +153,8 @@ async fn boot_bare(qemu: &Qemu, dir: &Path) -> Duration {
         fs_err::File::create(&disk).and_then(|file| file.set_len(1 << 20)).expect("a disk");
         disk
     });
-    let spec = MachineSpec {
-        dir: dir.to_owned(),
-        kernel: variable("PYRO_TEST_KERNEL"),
-        initramfs: variable("PYRO_TEST_VMM_INITRAMFS"),
-        rootfs,
-        overlay,
-        overlay_cache: DiskCache::Unsafe,
-        vcpus: 1,
-        memory_mib: 1024,
-        kernel_args: Vec::new(),
-        savable: false,
-    };
+    let boot = ["PYRO_TEST_KERNEL", "PYRO_TEST_VMM_INITRAMFS"].map(variable);
+    let spec = machine(dir, boot, [rootfs, overlay]);
     let began = Instant::now();
     let machine = qemu.launch(&spec).await.expect("launched");
     let mut stream = machine.connect().await.expect("a channel");

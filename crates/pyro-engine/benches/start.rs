@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 use pyro_engine::{Engine, EngineConfig, Observer, VmSpec};
 use pyro_process::Spawn;
 use pyro_proto::resync::{Host, NONCE_LEN, Step};
-use pyro_vmm::{DiskCache, MachineSpec, Qemu, Snapshot, Vmm};
+use pyro_vmm::{Qemu, Snapshot, Vmm};
 use serde_json::Value;
-use support::{bare_qemu, config, median, memory, millis, processes, variable};
+use support::{bare_qemu, config, machine, median, memory, millis, processes, variable};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const ROUNDS: usize = 15;
@@ -73,16 +73,11 @@ async fn starts(engine: &Engine, config: &EngineConfig, template: &Path) {
     told("pyro task create, exec -- true, restored", median(tasks));
     told("pyro run --cold -- true", median(cold));
     println!("the phases of pyro run -- true, restored:");
-    let mut rest: Vec<f64> =
-        runs.iter().map(|run| millis(run.whole) - run.phases.iter().sum::<f64>()).collect();
+    let rest: Vec<f64> = runs.iter().map(|run| millis(run.whole) - run.phases.iter().sum::<f64>()).collect();
     for (index, phase) in PHASES.iter().enumerate() {
         println!("  {phase:46} {:8.1} ms", median(runs.iter().map(|run| run.phases[index]).collect()));
     }
-    println!(
-        "  {:46} {:8.1} ms",
-        "the process itself: its start, its end, its words",
-        median(std::mem::take(&mut rest))
-    );
+    println!("  {:46} {:8.1} ms", "the process itself: its start, its end, its words", median(rest));
 }
 
 /// A QEMU with nothing around it, from its start to the first answer of its agent.
@@ -91,19 +86,8 @@ async fn restore_bare(qemu: &Qemu, template: &Path, rootfs: &Path) -> Duration {
     let began = Instant::now();
     let overlay = dir.path().join("overlay");
     pyro_image::copy_sparse(&template.join("overlay.ext4"), &overlay).expect("copied");
-    let spec = MachineSpec {
-        dir: dir.path().to_owned(),
-        // Not used, and asked for.
-        kernel: rootfs.to_owned(),
-        initramfs: rootfs.to_owned(),
-        rootfs: rootfs.to_owned(),
-        overlay,
-        overlay_cache: DiskCache::Unsafe,
-        vcpus: 1,
-        memory_mib: 1024,
-        kernel_args: Vec::new(),
-        savable: false,
-    };
+    // Kernel and initramfs are not used, and asked for.
+    let spec = machine(dir.path(), [rootfs.to_owned(), rootfs.to_owned()], [rootfs.to_owned(), overlay]);
     let saved = Snapshot { state: template.join("state"), memory: template.join("memory") };
     let machine = qemu.restore(&spec, &saved).await.expect("restored");
     let mut stream = machine.connect().await.expect("a channel");

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pyro_engine::EngineConfig;
 use pyro_vmm::host::{HostFacts, find_qemu, qemu_version};
-use pyro_vmm::{Accel, Qemu, QemuConfig};
+use pyro_vmm::{Accel, DiskCache, MachineSpec, Qemu, QemuConfig};
 
 pub(crate) fn variable(name: &str) -> PathBuf {
     std::env::var_os(name).map(PathBuf::from).unwrap_or_else(|| panic!("{name} is not set; use `make bench`"))
@@ -65,4 +65,21 @@ pub(crate) fn millis(time: Duration) -> f64 {
 pub(crate) fn median<T: PartialOrd + Copy>(mut values: Vec<T>) -> T {
     values.sort_by(|one, other| one.partial_cmp(other).unwrap_or(std::cmp::Ordering::Equal));
     values[values.len() / 2]
+}
+
+/// A machine of the usual size with these files, in a directory.
+pub(crate) fn machine(dir: &Path, boot: [PathBuf; 2], disks: [PathBuf; 2]) -> MachineSpec {
+    let ([kernel, initramfs], [rootfs, overlay]) = (boot, disks);
+    MachineSpec {
+        dir: dir.to_owned(),
+        kernel,
+        initramfs,
+        rootfs,
+        overlay,
+        overlay_cache: DiskCache::Unsafe,
+        vcpus: 1,
+        memory_mib: 1024,
+        kernel_args: Vec::new(),
+        savable: false,
+    }
 }
