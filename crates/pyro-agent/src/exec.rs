@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{sleep_until, timeout};
 use tonic::{Status, Streaming};
 
@@ -81,12 +81,13 @@ impl Command {
 }
 
 /// Starts a command; its events come on the channel, `exited` or `refused` as the last. Dropping the receiver
-/// kills the command.
+/// kills the command. `told` resolves when they are on their way to the host: what nobody waits for is done then.
 pub(crate) fn run(
     guest: Arc<Guest>,
     reaper: Reaper,
     command: Command,
     inputs: Streaming<ExecInput>,
+    told: oneshot::Receiver<()>,
 ) -> mpsc::Receiver<Result<ExecEvent, Status>> {
     let (events, receiver) = mpsc::channel(4);
     drop(tokio::spawn(async move {
@@ -95,8 +96,9 @@ pub(crate) fn run(
             Err(refused) => exec_event::Kind::Refused(refused),
         };
         drop(events.send(Ok(ExecEvent { kind: Some(last) })).await);
-        // The last event is on its way.
-        events.closed().await;
+        // That there are no more events must not wait for what follows.
+        drop(events);
+        drop(told.await);
         guest.cgroup.tidy();
     }));
     receiver
@@ -114,7 +116,7 @@ struct Running {
 struct Process {
     pid: Pid,
     cgroup: ExecCgroup,
-    ended: tokio::sync::oneshot::Receiver<std::process::ExitStatus>,
+    ended: oneshot::Receiver<std::process::ExitStatus>,
     status: Option<std::process::ExitStatus>,
 }
 

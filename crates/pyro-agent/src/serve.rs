@@ -18,7 +18,7 @@ use pyro_proto::{
 };
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
@@ -190,9 +190,16 @@ impl Agent for Service {
             return Err(Status::invalid_argument("the first input must be a start"));
         };
         let command = exec::Command::check(start).map_err(Status::invalid_argument)?;
-        let mut events = exec::run(Arc::clone(&self.guest), self.reaper.clone(), command, inputs);
+        let (telling, told) = oneshot::channel();
+        let mut events = exec::run(Arc::clone(&self.guest), self.reaper.clone(), command, inputs, told);
         let first = gather(&mut events).await;
-        Ok(Response::new(Box::pin(tokio_stream::iter(first).chain(ReceiverStream::new(events)))))
+        let events = tokio_stream::iter(first).chain(ReceiverStream::new(events));
+        // Dropped with the stream, when all of it was taken for the host or the host is gone.
+        let held = events.map(move |event| {
+            let _telling: &oneshot::Sender<()> = &telling;
+            event
+        });
+        Ok(Response::new(Box::pin(held)))
     }
 
     async fn signal(&self, request: Request<SignalRequest>) -> Result<Response<SignalReply>, Status> {
