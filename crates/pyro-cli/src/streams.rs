@@ -62,12 +62,19 @@ fn write_all(mut chunks: mpsc::Receiver<Chunk>) -> Written {
 }
 
 /// Our stdin, unless it is a terminal: the command would wait for keys that nobody knows to press.
-///
-/// It is read on a thread that nobody waits for, so that a pipe that stays open does not hold the exit up.
 pub(crate) fn stdin() -> Option<Box<dyn AsyncRead + Send + Unpin>> {
-    if io::stdin().is_terminal() {
-        return None;
-    }
+    if io::stdin().is_terminal() { None } else { Some(Box::new(read_stdin())) }
+}
+
+/// Our stdin and our stdout for a protocol, which then has stdout for itself: whatever else is printed goes to stderr.
+pub(crate) fn protocol() -> io::Result<(impl AsyncRead + Send + Unpin, tokio::fs::File)> {
+    let stdout = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3)?;
+    rustix::stdio::dup2_stdout(io::stderr())?;
+    Ok((read_stdin(), tokio::fs::File::from_std(stdout.into())))
+}
+
+/// Reads stdin on a thread that nobody waits for, so that a pipe that stays open does not hold the exit up.
+fn read_stdin() -> impl AsyncRead + Send + Unpin {
     let (sender, receiver) = mpsc::channel::<io::Result<bytes::Bytes>>(QUEUE);
     drop(std::thread::spawn(move || {
         let mut buffer = vec![0; PIECE];
@@ -85,5 +92,5 @@ pub(crate) fn stdin() -> Option<Box<dyn AsyncRead + Send + Unpin>> {
             }
         }
     }));
-    Some(Box::new(StreamReader::new(ReceiverStream::new(receiver))))
+    StreamReader::new(ReceiverStream::new(receiver))
 }

@@ -49,6 +49,7 @@ pub struct EngineConfig {
 
 /// What a reaping has removed.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Reaped {
     /// Machines whose time was up or whose owner was dead.
     pub deleted_vm_ids: Vec<String>,

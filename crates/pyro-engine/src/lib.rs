@@ -50,8 +50,8 @@ pub use record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRe
 pub use spec::{Command, ExecSpec, VmSpec};
 pub use supervisor::supervise;
 pub use task::{
-    DeletedTask, Detached, EntryStatus, JournalEntry, LastCommand, LogEntry, LogQuery, TaskList, TaskLogs,
-    TaskRecord,
+    DeletedTask, Detached, EntryStatus, JournalEntry, LastCommand, LogEntry, LogQuery, OutputRange, TaskList,
+    TaskLogs, TaskRecord,
 };
 pub use template::PreparedTemplate;
 

@@ -8,6 +8,7 @@ use crate::spec::VmSpec;
 
 /// Where a machine is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum VmState {
     /// Made, not running yet.
@@ -35,6 +36,7 @@ impl VmState {
 
 /// A machine. Times are epoch seconds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "the keys are those of the public contract, section 3")]
 pub struct VmRecord {
     pub vm_id: String,
@@ -87,6 +89,7 @@ impl VmRecord {
 
 /// What ended a command other than itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[expect(missing_docs, reason = "the names say it, and are those of the public contract")]
 pub enum Fault {
@@ -101,6 +104,7 @@ pub enum Fault {
 
 /// Milliseconds by phase.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Timings {
     /// The environment, the registry row, the directory and the disk.
     pub prepare: f64,
@@ -123,6 +127,7 @@ impl Fault {
 
 /// What became of a machine after its command.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Cleanup {
     /// The machine.
     pub vm_id: String,
@@ -134,6 +139,7 @@ pub struct Cleanup {
 
 /// The end of a command. Durations are milliseconds, sizes bytes.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "the keys are those of the public contract, section 3")]
 pub struct ExecResult {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -167,6 +173,7 @@ pub struct ExecResult {
 
 /// A deleted machine.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Deleted {
     /// The machine.
     pub vm_id: String,
@@ -178,6 +185,7 @@ pub struct Deleted {
 
 /// The network of a machine that has none.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "the keys are those of the public contract, section 3")]
 pub struct NetworkInfo {
     pub vm_id: String,

@@ -233,6 +233,16 @@ impl Engine {
         Ok(Deleted { vm_id: vm_id.to_owned(), deleted: true, reason: "explicit_delete" })
     }
 
+    /// Ends all machines of this process, those with a running command included; tasks live on.
+    pub async fn end_vms(&self) {
+        let ids: Vec<String> = self.vms().keys().cloned().collect();
+        for id in ids {
+            // One that another call has ended meanwhile is gone; what cannot be removed the next sweep finds.
+            drop(self.delete_vm(&id).await);
+        }
+        self.end_spare();
+    }
+
     /// Checks, builds and takes a slot: all that comes before a start.
     pub(crate) async fn admit(&self, spec: &VmSpec, observer: &Observer) -> Result<Admitted, Error> {
         let ground = self.check_and_ground(spec, observer).await?;

@@ -3,6 +3,7 @@
 mod demo;
 mod doctor;
 mod env;
+mod mcp;
 mod run;
 mod task;
 
@@ -29,6 +30,7 @@ pub(crate) async fn dispatch(
         Verb::Run(args) => run::run(args, printer).await,
         Verb::Task(verb) => task::run(verb, printer, interrupt).await,
         Verb::Env(verb) => env::run(verb, printer).await,
+        Verb::Mcp(verb) => mcp::run(verb, printer, interrupt).await,
         Verb::Doctor(_) => doctor::run(printer),
         Verb::Demo(_) => demo::run(printer).await,
         Verb::Reap(_) => reap(printer),

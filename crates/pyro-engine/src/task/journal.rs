@@ -12,7 +12,6 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -22,6 +21,7 @@ use crate::files::{self, Place};
 use crate::guest::Stream;
 use crate::record::Fault;
 use crate::registry::now;
+use crate::task::record::OutputRange;
 
 /// What is kept of each stream of a command, in bytes; the rest is dropped, and the entry says so.
 pub(crate) const STREAM_LIMIT: u64 = 64 << 20;
@@ -30,6 +30,7 @@ const MOST_ENTRY: u64 = 8 << 20;
 
 /// How far a command has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum EntryStatus {
     /// It has been or is being sent to the guest.
@@ -44,6 +45,7 @@ pub enum EntryStatus {
 
 /// One command of a task, as its file in `commands/` says. Times are epoch seconds, durations milliseconds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "the keys are those of the public contract, section 4")]
 pub struct JournalEntry {
     pub sequence: u64,
@@ -258,19 +260,32 @@ impl Journal {
             opened => opened?,
         };
         let length = file.metadata()?.len();
-        let mut read = |range: RangeInclusive<u64>| -> io::Result<Vec<u8>> {
-            let mut bytes = Vec::new();
-            file.seek(SeekFrom::Start(*range.start()))?;
-            (&mut file).take(range.end() - range.start()).read_to_end(&mut bytes)?;
-            Ok(bytes)
-        };
         if length <= most {
-            return Ok((String::from_utf8_lossy(&read(0..=length)?).into_owned(), false));
+            let whole = part(&mut file, 0, length)?;
+            return Ok((String::from_utf8_lossy(&whole).into_owned(), false));
         }
         let tail = most / 2;
         let head = most - tail;
-        let text = capture::joined(&read(0..=head)?, length - most, &read(length - tail..=length)?);
-        Ok((text, true))
+        let (first, last) = (part(&mut file, 0, head)?, part(&mut file, length - tail, tail)?);
+        Ok((capture::joined(&first, length - most, &last), true))
+    }
+
+    /// Bytes of one stream from an offset on; none where there is no such stream, or nothing there.
+    pub(crate) fn range(
+        &self,
+        sequence: u64,
+        stream: Stream,
+        offset: u64,
+        most: u64,
+    ) -> io::Result<OutputRange> {
+        let mut file = match File::open(self.output(sequence, stream)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(OutputRange { bytes: Vec::new(), file_bytes: 0 });
+            }
+            opened => opened?,
+        };
+        let bytes = part(&mut file, offset, most)?;
+        Ok(OutputRange { bytes, file_bytes: file.metadata()?.len() })
     }
 
     /// Opens what a command wrote, from an offset on.
@@ -320,6 +335,14 @@ impl Journal {
             Stream::Stderr => format!("{sequence:06}.stderr"),
         })
     }
+}
+
+/// At most so many bytes of a file, from an offset on.
+fn part(file: &mut File, offset: u64, most: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.seek(SeekFrom::Start(offset))?;
+    file.take(most).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 impl Writer {

@@ -1,6 +1,6 @@
 //! Reading a task's journal: what was asked for and nothing else.
 
-use super::record::{LogEntry, LogQuery, TaskLogs};
+use super::record::{LogEntry, LogQuery, OutputRange, TaskLogs};
 use super::{EntryStatus, JournalEntry};
 use crate::capture;
 use crate::engine::Engine;
@@ -15,14 +15,57 @@ impl Engine {
     /// # Errors
     /// When there is no such task.
     pub async fn logs_task(&self, task_id: &str, query: LogQuery) -> Result<TaskLogs, Error> {
+        let entries = self.in_journal(task_id, move |journal| read(journal, query)).await?;
+        Ok(TaskLogs { task_id: task_id.to_owned(), count: entries.len(), entries })
+    }
+
+    /// One command of a task with its output, of which at most so many bytes; none where there is no such command.
+    ///
+    /// # Errors
+    /// When there is no such task.
+    pub async fn log_of_command(
+        &self,
+        task_id: &str,
+        sequence: u64,
+        max_bytes: Option<u64>,
+    ) -> Result<Option<LogEntry>, Error> {
+        self.in_journal(task_id, move |journal| {
+            let mut budget = max_bytes.unwrap_or(MOST_BYTES);
+            read_one(journal, sequence, &mut budget)
+        })
+        .await
+    }
+
+    /// Bytes of one stream of a command, as they are on record: from an offset on, at most so many and at most 1 MiB.
+    ///
+    /// # Errors
+    /// When there is no such task.
+    pub async fn read_task_output(
+        &self,
+        task_id: &str,
+        sequence: u64,
+        stream: Stream,
+        offset: u64,
+        most: u64,
+    ) -> Result<OutputRange, Error> {
+        self.in_journal(task_id, move |journal| {
+            journal.range(sequence, stream, offset, most.min(capture::LIMIT as u64))
+        })
+        .await
+    }
+
+    /// Reads in a task's journal, after that was put in order where the task has no supervisor.
+    async fn in_journal<T: Send + 'static>(
+        &self,
+        task_id: &str,
+        read: impl FnOnce(&Journal) -> std::io::Result<T> + Send + 'static,
+    ) -> Result<T, Error> {
         let (engine, id) = (self.clone(), task_id.to_owned());
         self.blocking(move || {
             let registry = &engine.inner.registry;
             drop(registry.lock_task(&id)?);
             let directory = registry.task_directory(&id)?;
-            let entries = read(&directory.journal(), query);
-            let entries = entries.map_err(|error| Error::state(directory.path(), &error))?;
-            Ok(TaskLogs { task_id: id, count: entries.len(), entries })
+            read(&directory.journal()).map_err(|error| Error::state(directory.path(), &error))
         })
         .await
     }
@@ -64,24 +107,29 @@ fn read(journal: &Journal, query: LogQuery) -> std::io::Result<Vec<LogEntry>> {
     let mut budget = query.max_bytes.unwrap_or(MOST_BYTES);
     let mut entries = Vec::with_capacity(sequences.len());
     for sequence in sequences.into_iter().rev() {
-        let Some(entry) = journal.entry(sequence)? else { continue };
-        let mut text = |stream| -> std::io::Result<(String, bool)> {
-            let (text, cut) = journal.text(sequence, stream, budget.min(capture::LIMIT as u64))?;
-            budget = budget.saturating_sub(text.len() as u64);
-            Ok((text, cut))
-        };
-        let (stdout, stdout_cut) = text(Stream::Stdout)?;
-        let (stderr, stderr_cut) = text(Stream::Stderr)?;
-        entries.push(LogEntry {
-            stdout_truncated: stdout_cut || entry.stdout_dropped_bytes > 0,
-            stderr_truncated: stderr_cut || entry.stderr_dropped_bytes > 0,
-            entry,
-            stdout,
-            stderr,
-        });
+        entries.extend(read_one(journal, sequence, &mut budget)?);
     }
     entries.reverse();
     Ok(entries)
+}
+
+/// One entry with its output, of which no more than what the budget has left.
+fn read_one(journal: &Journal, sequence: u64, budget: &mut u64) -> std::io::Result<Option<LogEntry>> {
+    let Some(entry) = journal.entry(sequence)? else { return Ok(None) };
+    let mut text = |stream| -> std::io::Result<(String, bool)> {
+        let (text, cut) = journal.text(sequence, stream, (*budget).min(capture::LIMIT as u64))?;
+        *budget = budget.saturating_sub(text.len() as u64);
+        Ok((text, cut))
+    };
+    let (stdout, stdout_cut) = text(Stream::Stdout)?;
+    let (stderr, stderr_cut) = text(Stream::Stderr)?;
+    Ok(Some(LogEntry {
+        stdout_truncated: stdout_cut || entry.stdout_dropped_bytes > 0,
+        stderr_truncated: stderr_cut || entry.stderr_dropped_bytes > 0,
+        entry,
+        stdout,
+        stderr,
+    }))
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ pub(crate) use self::directory::TaskDirectory;
 pub(crate) use self::file::{TaskFile, TaskFileError};
 pub use self::journal::{EntryStatus, JournalEntry};
 pub use self::record::{
-    DeletedTask, Detached, LastCommand, LogEntry, LogQuery, TaskList, TaskLogs, TaskRecord,
+    DeletedTask, Detached, LastCommand, LogEntry, LogQuery, OutputRange, TaskList, TaskLogs, TaskRecord,
 };
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind};

@@ -13,6 +13,7 @@ pub(crate) const WORKSPACE: &str = "/workspace";
 
 /// A task. Times are epoch seconds, sizes bytes.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "the keys are those of the public contract, sections 3 and 4")]
 pub struct TaskRecord {
     pub task_id: String,
@@ -43,6 +44,7 @@ pub struct TaskRecord {
 
 /// The newest command of a task.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "the keys are those of the public contract, section 4")]
 pub struct LastCommand {
     pub sequence: u64,
@@ -56,6 +58,7 @@ pub struct LastCommand {
 
 /// All tasks, newest activity first.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TaskList {
     /// How many.
     pub count: usize,
@@ -80,6 +83,7 @@ pub struct TaskLogs {
 
 /// A journal entry with its output as text: invalid UTF-8 replaced, the middle of a long stream cut.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "the keys are those of the public contract, section 4")]
 pub struct LogEntry {
     #[serde(flatten)]
@@ -102,8 +106,18 @@ pub struct LogQuery {
     pub max_bytes: Option<u64>,
 }
 
+/// A part of what a command wrote to one stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OutputRange {
+    /// The bytes as they came.
+    pub bytes: Vec<u8>,
+    /// Length of the whole stream on record.
+    pub file_bytes: u64,
+}
+
 /// A deleted task.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct DeletedTask {
     /// The task.
     pub task_id: String,

@@ -13,6 +13,7 @@ use crate::manifest::{self, FileRecord, Manifest, ManifestError, Package, Pointe
 
 /// An environment of the catalog and what is installed of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Entry {
     /// Such as `debian:12`.
     pub name: String,

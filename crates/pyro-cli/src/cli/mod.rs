@@ -1,7 +1,11 @@
 //! The command line. The doc comments are the help.
 
+mod mcp;
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pyro_engine::Isolation;
+
+pub(crate) use self::mcp::{McpInstallArgs, McpServeArgs, McpVerb};
 
 /// Give a command, or an agent, a computer of its own
 #[derive(Debug, Parser)]
@@ -27,6 +31,9 @@ pub(crate) enum Verb {
     /// List, build, inspect and remove environments
     #[command(subcommand)]
     Env(EnvVerb),
+    /// Serve agents over the Model Context Protocol
+    #[command(subcommand)]
+    Mcp(McpVerb),
     /// Report what this machine can do, and what to mend
     Doctor(Output),
     /// Run a short tour in a microVM
@@ -300,6 +307,7 @@ impl Verb {
                 | TaskVerb::Stop(args)
                 | TaskVerb::Delete(args) => args.output.json,
             },
+            Self::Mcp(verb) => verb.json(),
             Self::Env(EnvVerb::List(output) | EnvVerb::Prune(output))
             | Self::Doctor(output)
             | Self::Demo(output)
@@ -320,7 +328,7 @@ impl Verb {
 
     /// Whether it has to be told of a signal, because what it has begun does not end with it.
     pub(crate) fn ends_by_itself(&self) -> bool {
-        matches!(self, Self::Task(TaskVerb::Exec(_)))
+        matches!(self, Self::Task(TaskVerb::Exec(_)) | Self::Mcp(McpVerb::Serve(_)))
     }
 }
 
