@@ -26,7 +26,8 @@ pub struct HttpOptions {
     pub listen: SocketAddr,
     /// What each request must carry: `Authorization: Bearer TOKEN`.
     pub token: String,
-    /// Origins of web pages that may call; from any other, requests of a browser are refused.
+    /// Origins of web pages that may call, beside those of this machine; from any other, requests of a browser are
+    /// refused.
     pub allowed_origins: Vec<String>,
 }
 
@@ -45,8 +46,9 @@ pub async fn serve_http(
 ) -> std::io::Result<()> {
     let listener = TcpListener::bind(options.listen).await?;
     let address = listener.local_addr()?;
+    let own = ["http://localhost:*", "http://127.0.0.1:*", "http://[::1]:*"].map(str::to_owned);
     let mut config = StreamableHttpServerConfig::default()
-        .with_allowed_origins(options.allowed_origins)
+        .with_allowed_origins(own.into_iter().chain(options.allowed_origins))
         .enforce_origin_validation()
         .with_cancellation_token(stop.child_token());
     if !address.ip().is_loopback() {

@@ -39,7 +39,7 @@ pub(crate) async fn list(server: &Server) -> Result<Vec<Resource>, ErrorData> {
     let mut resources: Vec<Resource> = environments
         .into_iter()
         .map(|entry| {
-            Resource::new(format!("environment://{}", entry.name), entry.name)
+            Resource::new(environment_uri(&entry.name), entry.name)
                 .with_description(entry.description)
                 .with_mime_type("application/json")
         })
@@ -60,7 +60,7 @@ pub(crate) async fn list(server: &Server) -> Result<Vec<Resource>, ErrorData> {
 pub(crate) async fn read(server: &Server, uri: &str) -> Result<ReadResourceResult, ErrorData> {
     let engine = server.engine().await.map_err(internal)?;
     if let Some(name) = uri.strip_prefix("environment://") {
-        let name = name.to_owned();
+        let name = name.replace("%3A", ":").replace("%3a", ":");
         let listed = blocking(move || {
             engine.environments().list().map_err(|error| pyro_engine::Error::from(error).into())
         });
@@ -81,6 +81,11 @@ pub(crate) async fn read(server: &Server, uri: &str) -> Result<ReadResourceResul
         }
         Err(error) => Err(internal(error.into())),
     }
+}
+
+/// The address of an environment: as it stands, the colon of its name would begin the number of a port.
+fn environment_uri(name: &str) -> String {
+    format!("environment://{}", name.replace(':', "%3A"))
 }
 
 /// The task and the number in `task://ID/logs/SEQ`.

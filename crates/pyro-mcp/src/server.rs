@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use pyro_engine::{Engine, EngineConfig, VERSION};
 use rmcp::model::{
-    CallToolRequestParams, CallToolResponse, CallToolResult, GetPromptRequestParams, GetPromptResponse,
-    Implementation, ListPromptsResult, ListResourceTemplatesResult, ListResourcesResult, ListToolsResult,
-    PaginatedRequestParams, ReadResourceRequestParams, ReadResourceResponse, ServerCapabilities,
-    ServerConfig, Tool,
+    CallToolRequestParams, CallToolResponse, CallToolResult, ContentBlock, GetPromptRequestParams,
+    GetPromptResponse, Implementation, ListPromptsResult, ListResourceTemplatesResult, ListResourcesResult,
+    ListToolsResult, PaginatedRequestParams, ReadResourceRequestParams, ReadResourceResponse,
+    ServerCapabilities, ServerConfig, Tool,
 };
 use rmcp::service::{RequestContext, serve_server_with_ct};
 use rmcp::{ErrorData, RoleServer, ServerHandler};
@@ -156,7 +156,9 @@ impl Server {
             }
             Err(failure) => {
                 tracing::info!(tool = &*name, ms = took, code = failure.code, "failed: {}", failure.error);
-                CallToolResult::structured_error(serde_json::json!(failure))
+                // As text alone: clients hold what is structured against the schema of the tool's result, also in an
+                // error.
+                CallToolResult::error(vec![ContentBlock::text(serde_json::json!(failure).to_string())])
             }
         }
     }

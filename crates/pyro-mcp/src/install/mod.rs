@@ -109,15 +109,8 @@ impl Host {
 impl Installation {
     /// The configuration that a user would write by hand.
     pub fn snippet(&self) -> String {
-        match self.host {
-            // Into an empty file the entry goes in any case.
-            Host::Codex => toml::with_entry("", &self.program(), &self.arguments).unwrap_or_default(),
-            _ => {
-                let (section, entry) = self.entry();
-                let whole = json!({ section: { NAME: entry } });
-                serde_json::to_string_pretty(&whole).unwrap_or_default()
-            }
-        }
+        // Into an empty file the entry goes in any case.
+        self.put_into("").unwrap_or_default()
     }
 
     /// Writes the entry into the host's file, which keeps everything else that is in it, comments included. The file is
@@ -132,19 +125,22 @@ impl Installation {
         // A link keeps pointing where it points.
         let file = fs_err::canonicalize(file).unwrap_or_else(|_| file.to_owned());
         let before = read(&file)?;
-        let edited = match self.host {
-            Host::Codex => toml::with_entry(&before, &self.program(), &self.arguments),
-            _ => {
-                let (section, entry) = self.entry();
-                json::with_entry(&before, section, NAME, &entry)
-            }
-        };
+        let edited = self.put_into(&before);
         let after = edited.map_err(|why| InstallError::NotUnderstood { file: file.clone(), why })?;
         let changed = after != before;
         if changed {
             replace(&file, &after)?;
         }
         Ok(Installed { file, changed })
+    }
+
+    /// The text of a host's file with the entry in it, or why it cannot be.
+    fn put_into(&self, text: &str) -> Result<String, String> {
+        if self.host == Host::Codex {
+            return toml::with_entry(text, &self.program(), &self.arguments);
+        }
+        let (section, entry) = self.entry();
+        json::with_entry(text, section, NAME, &entry)
     }
 
     fn program(&self) -> String {

@@ -3,7 +3,8 @@
 use pyro_engine::{Command, ExecSpec, Isolation, VmSpec};
 use rmcp::model::JsonObject;
 use schemars::generate::SchemaSettings;
-use schemars::{JsonSchema, SchemaGenerator};
+use schemars::transform::RecursiveTransform;
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -214,7 +215,15 @@ pub(super) fn stream_bytes() -> i64 {
 
 /// The schema of a type, without references, as the simplest of hosts reads it.
 pub(super) fn schema_of<T: JsonSchema>() -> JsonObject {
-    let settings = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
+    let settings = SchemaSettings::draft2020_12()
+        .with(|settings| settings.inline_subschemas = true)
+        .with_transform(RecursiveTransform(|schema: &mut Schema| {
+            // Names of Rust's number types, which validators do not know and warn of.
+            schema.remove("format");
+            if let Some(Value::String(words)) = schema.get_mut("description") {
+                *words = words.split_whitespace().collect::<Vec<_>>().join(" ");
+            }
+        }));
     let mut schema = SchemaGenerator::new(settings).into_root_schema_for::<T>();
     // A name of a Rust type says nothing to a reader.
     schema.remove("title");
