@@ -18,6 +18,8 @@ bench: setup ## Measure what SPECIFICATION.md promises
 	scripts/bench.sh figures
 bench-start: setup ## Measure how soon a sandbox is there, and what it takes of memory
 	scripts/bench.sh start
+bench-mcp: setup ## Measure what the MCP server adds to the engine's own time
+	scripts/bench.sh mcp
 setup: ## Install what a fresh Debian machine lacks
 	@scripts/setup.sh
-.PHONY: help run test test-firecracker check chaos fuzz kernel bench bench-start setup
+.PHONY: help run test test-firecracker check chaos fuzz kernel bench bench-start bench-mcp setup

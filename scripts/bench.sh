@@ -1,10 +1,14 @@
 #!/bin/sh
-# Measures what SPECIFICATION.md promises: `bench.sh figures`, `bench.sh start`.
+# Measures what SPECIFICATION.md promises: `bench.sh figures`, `bench.sh start`, `bench.sh mcp`.
 set -eu
 variables=$(scripts/environment.sh)
 cargo build --quiet --release -p pyro-cli
 no_op=$PWD/target/tmp/no-op
 [ -x "$no_op" ] || echo 'int main(void) { return 0; }' | gcc -static -O2 -x c -o "$no_op" -
+case $1 in
+    mcp) package=pyro-mcp bench=overhead ;;
+    *) package=pyro-engine bench=$1 ;;
+esac
 # shellcheck disable=SC2086 # one variable a word
 env $variables PYRO_TEST_PROGRAM="$PWD/target/release/pyro" PYRO_TEST_NO_OP="$no_op" \
-    cargo bench --quiet -p pyro-engine --bench "$1"
+    cargo bench --quiet -p "$package" --bench "$bench"

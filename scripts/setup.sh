@@ -17,6 +17,8 @@ need strip binutils
 need busybox busybox-static
 need python3 python3
 python3 -m pip --version >/dev/null 2>&1 || missing="$missing python3-pip"
+python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv"
+need npm npm
 [ -e /usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 ] || missing="$missing libfaketime"
 if [ "${1:-}" = kernel ]; then
     need flex flex

@@ -3,11 +3,16 @@
 set -eu
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-variables="$(scripts/environment.sh) PYRO_CHAOS_SECONDS=${PYRO_CHAOS_SECONDS:-180}"
+variables="$(scripts/environment.sh) $(scripts/clients.sh) PYRO_CHAOS_SECONDS=${PYRO_CHAOS_SECONDS:-180}"
 status=0
 # shellcheck disable=SC2086 # one variable a word
-{ env $variables cargo test --workspace -- --nocapture 2>&1 || echo "failed" > "$log.status"; } | tee "$log"
+{
+    env $variables cargo test --workspace -- --nocapture 2>&1 || echo "failed" > "$log.status"
+    # As other languages see it, after the command that the tests above have built.
+    env $variables PYRO_TEST_PROGRAM="$PWD/target/debug/pyro" target/venv/bin/python -m pytest -rs tests 2>&1 ||
+        echo "failed" > "$log.status"
+} | tee "$log"
 [ ! -e "$log.status" ] || { rm -f "$log.status"; status=1; }
-echo "skipped: $(grep -c '^skipped: ' "$log" || true)"
-grep '^skipped: ' "$log" || true
+echo "skipped: $(grep -cE '^(skipped: |SKIPPED )' "$log" || true)"
+grep -E '^(skipped: |SKIPPED )' "$log" || true
 exit $status

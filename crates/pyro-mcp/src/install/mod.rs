@@ -184,7 +184,7 @@ fn read(file: &Path) -> Result<String, InstallError> {
 }
 
 fn replace(file: &Path, text: &str) -> Result<(), InstallError> {
-    let parent = file.parent().unwrap_or(Path::new("/"));
+    let parent = file.parent().unwrap_or_else(|| Path::new("/"));
     fs_err::create_dir_all(parent)?;
     let mut new = tempfile::NamedTempFile::new_in(parent)?;
     new.write_all(text.as_bytes())?;
