@@ -1,7 +1,8 @@
 //! The API of pyro: virtual machines, commands in them, their registry and their life.
 //!
 //! A front (CLI, MCP server, Python) opens an [`Engine`] with an [`EngineConfig`] and calls it in its own
-//! process; there is no daemon. The engine prints nothing and reads neither `$HOME` nor the environment.
+//! process; there is no daemon. The engine prints nothing and reads neither `$HOME` nor the environment: a front that wants
+//! these says so ([`EngineConfig::from_environment`]).
 //!
 //! ```no_run
 //! # async fn example(config: pyro_engine::EngineConfig) -> Result<(), pyro_engine::Error> {
@@ -22,6 +23,7 @@ mod capture;
 mod conformance;
 mod diagnosis;
 mod engine;
+mod environment;
 mod error;
 mod execute;
 mod files;

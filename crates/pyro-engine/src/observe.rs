@@ -52,6 +52,16 @@ impl Observer {
         self
     }
 
+    /// Has `phase` called at each step as well, before whoever was told so far.
+    #[must_use]
+    pub(crate) fn also(self, phase: impl Fn(&Phase) + Send + Sync + 'static) -> Self {
+        let before = self.clone();
+        self.on_phase(move |step| {
+            phase(&step);
+            before.tell(step);
+        })
+    }
+
     pub(crate) fn tell(&self, phase: Phase) {
         if let Some(phases) = &self.phases {
             phases(phase);

@@ -136,5 +136,7 @@ fn millis(began: Instant) -> f64 {
 }
 
 fn variable(name: &str) -> PathBuf {
-    std::env::var_os(name).map(PathBuf::from).unwrap_or_else(|| panic!("{name} is not set; use `make bench-mcp`"))
+    std::env::var_os(name)
+        .map(PathBuf::from)
+        .unwrap_or_else(|| panic!("{name} is not set; use `make bench-mcp`"))
 }

@@ -41,6 +41,12 @@ impl Call {
         self.given_up.cancelled().await;
     }
 
+    /// Resolves when the client is gone and this call with it: while a client only closes its end, answers still reach it.
+    pub(crate) async fn client_gone(&self) {
+        self.gone.cancelled().await;
+        self.given_up.cancelled().await;
+    }
+
     /// Whether the client went away, rather than cancelling this call.
     pub(crate) fn client_is_gone(&self) -> bool {
         self.gone.is_cancelled()

@@ -45,19 +45,16 @@ impl Reporting {
     }
 }
 
-/// An observer for the engine that tells the caller of each phase, if the caller asked for it; `also` hears each
-/// phase first.
-pub(crate) fn report(call: &Call, also: impl Fn(&Phase) + Send + Sync + 'static) -> (Observer, Reporting) {
+/// An observer for the engine that tells the caller of each phase and of output, if the caller asked for it.
+pub(crate) fn report(call: &Call) -> (Observer, Reporting) {
     let Some(token) = call.progress.clone() else {
-        let observer = Observer::none().on_phase(move |phase| also(&phase));
-        return (observer, Reporting { tasks: Vec::new() });
+        return (Observer::none(), Reporting { tasks: Vec::new() });
     };
     let state = watch::Sender::new(State::default());
     let (output, mut chunks) = mpsc::channel::<Chunk>(QUEUE);
     let observer = Observer::none().output(output).on_phase({
         let state = state.clone();
         move |phase| {
-            also(&phase);
             if let Some(words) = words(phase) {
                 state.send_modify(|state| state.phase = words);
             }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
@@ -58,6 +58,40 @@ impl Engine {
         let entry = self.find_request(task_id, &request_id).await?.ok_or_else(|| unknown(task_id))?;
         let ended = self.see_through(task_id, entry.sequence, &observer, &mut output).await?;
         Ok(result(task_id, file, ended.ok_or_else(|| unknown(task_id))?, output).await)
+    }
+
+    /// As [`Engine::exec_task`], but when `given_up` resolves, the command is cancelled, and its result says so. A
+    /// command that has no number yet is cancelled as soon as it has one.
+    ///
+    /// # Errors
+    /// As [`Engine::exec_task`].
+    pub async fn exec_task_unless(
+        &self,
+        task_id: &str,
+        exec: ExecSpec,
+        observer: Observer,
+        given_up: impl Future<Output = ()>,
+    ) -> Result<ExecResult, Error> {
+        let (noted, mut number) = watch::channel(None);
+        let observer = observer.also(move |phase| {
+            if let Phase::Sequence(sequence) = phase {
+                noted.send_replace(Some(*sequence));
+            }
+        });
+        let mut running = std::pin::pin!(self.exec_task(task_id, exec, observer));
+        tokio::select! {
+            result = &mut running => return result,
+            () = given_up => {}
+        }
+        let sequence = tokio::select! {
+            result = &mut running => return result,
+            number = number.wait_for(Option::is_some) => number.ok().and_then(|number| *number),
+        };
+        if let Some(sequence) = sequence {
+            let (_, result) = tokio::join!(self.cancel_task(task_id, sequence), &mut running);
+            return result;
+        }
+        running.await
     }
 
     /// Starts one command in a task and does not wait for it.

@@ -1,12 +1,8 @@
 //! Tasks: a machine that stays, and a journal of all that was run in it.
 
-use std::sync::Arc;
-use std::sync::OnceLock;
-
-use pyro_engine::{DeletedTask, ExecResult, LogEntry, LogQuery, Phase, Stream, TaskList, TaskRecord};
+use pyro_engine::{DeletedTask, ExecResult, LogEntry, LogQuery, Stream, TaskList, TaskRecord};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Notify;
 
 use super::params::{Exec, Machine, Part, TaskId, one, output_bytes, stream_bytes};
 use super::{About, Effect, Entry, exec, tool};
@@ -171,7 +167,7 @@ pub(super) fn all() -> Vec<Entry> {
 
 async fn task_create(server: Server, (machine,): (Machine,), call: Call) -> Result<TaskRecord, Failure> {
     let engine = server.engine().await?;
-    let (observer, reporting) = progress::report(&call, |_| {});
+    let (observer, reporting) = progress::report(&call);
     let record = call.unless_given_up(engine.create_task(machine.spec(), observer)).await;
     reporting.stop().await;
     record.map(brief)
@@ -180,61 +176,20 @@ async fn task_create(server: Server, (machine,): (Machine,), call: Call) -> Resu
 async fn task_exec(server: Server, (task, exec): (TaskId, Exec), call: Call) -> Result<ExecResult, Failure> {
     let (exec, most) = exec.spec()?;
     let engine = server.engine().await?;
-    let started = Arc::new(Started::default());
-    let (observer, reporting) = progress::report(&call, {
-        let started = Arc::clone(&started);
-        move |phase| {
-            if let Phase::Sequence(sequence) = phase {
-                started.is(*sequence);
-            }
+    let (observer, reporting) = progress::report(&call);
+    let changed_its_mind = async {
+        call.given_up().await;
+        if call.client_is_gone() {
+            std::future::pending().await
         }
-    });
-    let result = {
-        let mut work = std::pin::pin!(engine.exec_task(&task.task_id, exec, observer));
-        tokio::select! {
-            result = &mut work => result,
-            // Dropping the call would leave the command running: that is right where the client is gone, for the task
-            // and its journal outlive it, and wrong where it has changed its mind.
-            () = call.given_up() => {
-                if call.client_is_gone() {
-                    return Err(Failure::cancelled());
-                }
-                tokio::select! {
-                    result = &mut work => result,
-                    cancelled = async {
-                        engine.cancel_task(&task.task_id, started.sequence().await).await?;
-                        std::future::pending().await
-                    } => cancelled,
-                }
-            }
-        }
+    };
+    let result = tokio::select! {
+        result = engine.exec_task_unless(&task.task_id, exec, observer, changed_its_mind) => result,
+        // The task and its journal outlive the client: so does the command.
+        () = call.client_gone() => return Err(Failure::cancelled()),
     };
     reporting.stop().await;
     Ok(exec::of_task(&engine, result?, most).await)
-}
-
-/// The number of a command, once it has one.
-#[derive(Debug, Default)]
-struct Started {
-    sequence: OnceLock<u64>,
-    told: Notify,
-}
-
-impl Started {
-    fn is(&self, sequence: u64) {
-        self.sequence.get_or_init(|| sequence);
-        self.told.notify_waiters();
-    }
-
-    async fn sequence(&self) -> u64 {
-        loop {
-            let told = self.told.notified();
-            if let Some(sequence) = self.sequence.get() {
-                return *sequence;
-            }
-            told.await;
-        }
-    }
 }
 
 async fn task_status(server: Server, (task,): (TaskId,), _call: Call) -> Result<TaskRecord, Failure> {

@@ -120,7 +120,7 @@ pub(super) fn all() -> Vec<Entry> {
 async fn vm_run(server: Server, (machine, exec): (Machine, Exec), call: Call) -> Result<ExecResult, Failure> {
     let (exec, most) = exec.spec()?;
     let engine = server.engine().await?;
-    let (observer, reporting) = progress::report(&call, |_| {});
+    let (observer, reporting) = progress::report(&call);
     let result = call.unless_given_up(engine.run(machine.spec(), exec, observer)).await;
     reporting.stop().await;
     Ok(exec::of_machine(result?, most))
@@ -128,7 +128,7 @@ async fn vm_run(server: Server, (machine, exec): (Machine, Exec), call: Call) ->
 
 async fn vm_create(server: Server, (machine,): (Machine,), call: Call) -> Result<VmRecord, Failure> {
     let engine = server.engine().await?;
-    let (observer, reporting) = progress::report(&call, |_| {});
+    let (observer, reporting) = progress::report(&call);
     let record = call.unless_given_up(engine.create_vm(machine.spec(), observer)).await;
     reporting.stop().await;
     record
@@ -142,7 +142,7 @@ async fn vm_start(server: Server, (vm,): (VmId,), call: Call) -> Result<VmRecord
 async fn vm_exec(server: Server, (vm, exec): (VmId, Exec), call: Call) -> Result<ExecResult, Failure> {
     let (exec, most) = exec.spec()?;
     let engine = server.engine().await?;
-    let (observer, reporting) = progress::report(&call, |_| {});
+    let (observer, reporting) = progress::report(&call);
     let result = call.unless_given_up(engine.exec_vm(&vm.vm_id, exec, observer)).await;
     reporting.stop().await;
     Ok(exec::of_machine(result?, most))

@@ -1,0 +1,49 @@
+"""Requests as the engine takes them, for both kinds of clients."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Dict, Optional, Union
+
+from .types import Command
+
+
+def request(method: str, **arguments: Any) -> str:
+    """One request."""
+    return json.dumps({"method": method, **arguments})
+
+
+def machine(
+    environment: str,
+    vcpu_count: int,
+    mem_mib: int,
+    disk_mib: int,
+    ttl_seconds: int,
+    network: bool,
+    allow_host_compat: bool,
+    require_isolation: Optional[str],
+    cold: bool,
+) -> Dict[str, Any]:
+    """The machine of a request."""
+    return {
+        "environment": environment,
+        "vcpu_count": vcpu_count,
+        "mem_mib": mem_mib,
+        "disk_mib": disk_mib,
+        "ttl_seconds": ttl_seconds,
+        "network": network,
+        "allow_host_compat": allow_host_compat,
+        "require_isolation": require_isolation,
+        "cold": cold,
+    }
+
+
+def execution(command: Command, timeout_seconds: float, cwd: str) -> Dict[str, Any]:
+    """The command of a request. JSON has no infinity: what is none is refused by the engine in its own words."""
+    limit = timeout_seconds if timeout_seconds == timeout_seconds and abs(timeout_seconds) < 1e18 else 0
+    return {"command": command, "timeout_seconds": limit, "cwd": cwd}
+
+
+def stdin_bytes(stdin: Union[str, bytes, None]) -> Optional[bytes]:
+    """What a command reads, as bytes."""
+    return stdin.encode() if isinstance(stdin, str) else stdin

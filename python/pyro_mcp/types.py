@@ -1,0 +1,307 @@
+"""What the methods return: the objects of the public contract.
+
+Times are seconds since the epoch, durations milliseconds, sizes bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Dict, List, Optional, Union
+
+if sys.version_info >= (3, 11):
+    from typing import Literal, NotRequired, TypedDict
+else:
+    from typing_extensions import Literal, NotRequired, TypedDict
+
+__all__ = [
+    "Cancelled",
+    "Cleanup",
+    "Command",
+    "Deleted",
+    "DeletedTask",
+    "Environment",
+    "ExecResult",
+    "ExitEvent",
+    "Inspection",
+    "JournalEntry",
+    "LastCommand",
+    "NetworkInfo",
+    "OutputEvent",
+    "Pruned",
+    "Pulled",
+    "Reaped",
+    "StreamEvent",
+    "TaskList",
+    "TaskLogs",
+    "TaskRecord",
+    "Timings",
+    "VmRecord",
+]
+
+Command = Union[str, List[str]]
+"""A string for the guest's ``/bin/sh -lc``, or a list of words that is run as it is."""
+
+State = Literal["created", "started", "stopped"]
+Fault = Literal[
+    "timeout", "out_of_memory", "disk_full", "output_limit", "guest_lost", "cancelled", "ttl_expired"
+]
+Status = Literal["running", "finished", "timed_out", "interrupted"]
+
+
+class VmRecord(TypedDict):
+    """A machine."""
+
+    vm_id: str
+    environment: str
+    environment_version: str
+    vcpu_count: int
+    mem_mib: int
+    ttl_seconds: int
+    created_at: float
+    expires_at: float
+    state: State
+    network_enabled: bool
+    allow_host_compat: bool
+    guest_ip: Optional[str]
+    tap_name: Optional[str]
+    execution_mode: str
+    isolation: str
+    start_mode: Optional[str]
+    metadata: Dict[str, str]
+    last_error: Optional[str]
+
+
+class LastCommand(TypedDict):
+    """The newest command of a task."""
+
+    sequence: int
+    command: str
+    cwd: str
+    exit_code: Optional[int]
+    duration_ms: Optional[float]
+    execution_mode: str
+    status: Status
+
+
+class TaskRecord(TypedDict):
+    """A task."""
+
+    task_id: str
+    environment: str
+    environment_version: str
+    vcpu_count: int
+    mem_mib: int
+    disk_mib: int
+    ttl_seconds: int
+    created_at: float
+    expires_at: float
+    state: State
+    network_enabled: bool
+    allow_host_compat: bool
+    guest_ip: Optional[str]
+    tap_name: Optional[str]
+    execution_mode: str
+    isolation: str
+    start_mode: str
+    metadata: Dict[str, str]
+    last_error: Optional[str]
+    workspace_path: str
+    command_count: int
+    last_command: Optional[LastCommand]
+    disk_bytes: int
+
+
+class TaskList(TypedDict):
+    """All tasks, newest activity first."""
+
+    count: int
+    disk_bytes: int
+    tasks: List[TaskRecord]
+    problems: List[str]
+
+
+class Timings(TypedDict):
+    """Milliseconds by phase."""
+
+    prepare: float
+    start: float
+    handshake: float
+    execute: float
+    cleanup: float
+
+
+class Cleanup(TypedDict):
+    """What became of a machine after its command."""
+
+    vm_id: str
+    deleted: bool
+    reason: str
+
+
+class ExecResult(TypedDict):
+    """The end of a command. ``fault`` tells what ended it other than itself."""
+
+    vm_id: NotRequired[str]
+    task_id: NotRequired[str]
+    sequence: NotRequired[int]
+    cwd: NotRequired[str]
+    environment: str
+    environment_version: str
+    command: str
+    stdout: str
+    stderr: str
+    exit_code: int
+    duration_ms: float
+    execution_mode: str
+    timed_out: bool
+    stdout_bytes: int
+    stderr_bytes: int
+    stdout_truncated: bool
+    stderr_truncated: bool
+    isolation: str
+    start_mode: str
+    fault: Optional[Fault]
+    timings: Timings
+    cleanup: NotRequired[Cleanup]
+
+
+class JournalEntry(TypedDict):
+    """A command of a task with its output."""
+
+    sequence: int
+    command: str
+    cwd: str
+    status: Status
+    exit_code: Optional[int]
+    duration_ms: Optional[float]
+    execution_mode: str
+    stdout_file: str
+    stderr_file: str
+    started_at: float
+    recorded_at: float
+    stdout_bytes: int
+    stderr_bytes: int
+    stdout_dropped_bytes: int
+    stderr_dropped_bytes: int
+    fault: Optional[Fault]
+    reason: Optional[str]
+    request_id: str
+    stdout: str
+    stderr: str
+    stdout_truncated: bool
+    stderr_truncated: bool
+
+
+class TaskLogs(TypedDict):
+    """Commands of a task, in the order of their numbers."""
+
+    task_id: str
+    count: int
+    entries: List[JournalEntry]
+
+
+class Deleted(TypedDict):
+    """A deleted machine."""
+
+    vm_id: str
+    deleted: bool
+    reason: str
+
+
+class DeletedTask(TypedDict):
+    """A deleted task."""
+
+    task_id: str
+    deleted: bool
+    reason: str
+
+
+class NetworkInfo(TypedDict):
+    """The network of a machine, or why it has none."""
+
+    vm_id: str
+    network_enabled: bool
+    outbound_connectivity_expected: bool
+    reason: NotRequired[str]
+
+
+class Reaped(TypedDict):
+    """What a reaping has removed."""
+
+    deleted_vm_ids: List[str]
+    deleted_task_ids: List[str]
+    count: int
+    problems: List[str]
+
+
+class Environment(TypedDict):
+    """An environment of the catalog, and what is installed of it."""
+
+    name: str
+    version: str
+    description: str
+    default_packages: List[str]
+    distribution: str
+    distribution_version: str
+    platform: str
+    oci_registry: Optional[str]
+    oci_repository: Optional[str]
+    oci_reference: Optional[str]
+    source_digest: Optional[str]
+    compatibility: str
+    catalog_version: str
+    installed: bool
+    cache_dir: str
+    install_dir: Optional[str]
+    install_manifest: Optional[str]
+
+
+class Pulled(Environment):
+    """An environment that is installed now."""
+
+    kernel_image: str
+    rootfs_image: str
+    source: str
+
+
+class Inspection(Environment):
+    """An environment with the result of a full verification."""
+
+    verified: bool
+    problems: List[str]
+    rootfs_digest: Optional[str]
+    kernel_digest: Optional[str]
+    kernel_release: Optional[str]
+    rootfs_bytes: Optional[int]
+
+
+class Pruned(TypedDict):
+    """Environments that were removed."""
+
+    deleted_environment_dirs: List[str]
+    count: int
+
+
+class Cancelled(TypedDict):
+    """A command of a task that has ended now."""
+
+    task_id: str
+    sequence: int
+    ended: bool
+
+
+class OutputEvent(TypedDict):
+    """A piece of output, as the command wrote it."""
+
+    type: Literal["stdout", "stderr"]
+    data: bytes
+
+
+class ExitEvent(TypedDict):
+    """The end of the command: the last event."""
+
+    type: Literal["exit"]
+    result: ExecResult
+
+
+StreamEvent = Union[OutputEvent, ExitEvent]

@@ -1,0 +1,206 @@
+//! What can be asked of an engine, as JSON, and how it is done.
+
+use pyro_engine::{Command, Engine, Error, ExecSpec, Isolation, LogQuery, Observer, VERSION, VmSpec};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+/// One request: the names and arguments of the Python methods.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "method", rename_all = "snake_case", deny_unknown_fields)]
+pub(crate) enum Request {
+    ListEnvironments,
+    PullEnvironment { environment: String },
+    InspectEnvironment { environment: String },
+    PruneEnvironments,
+    CreateVm { machine: Machine },
+    StartVm { vm_id: String },
+    StopVm { vm_id: String },
+    DeleteVm { vm_id: String },
+    StatusVm { vm_id: String },
+    NetworkInfoVm { vm_id: String },
+    ExecVm { vm_id: String, exec: Exec },
+    RunInVm { machine: Machine, exec: Exec },
+    ReapExpired,
+    CreateTask { machine: Machine },
+    ExecTask { task_id: String, exec: Exec },
+    CancelTask { task_id: String, sequence: u64 },
+    StatusTask { task_id: String },
+    LogsTask { task_id: String, since_sequence: u64, limit: Option<usize>, max_bytes: Option<u64> },
+    StartTask { task_id: String },
+    StopTask { task_id: String },
+    DeleteTask { task_id: String },
+    ListTasks,
+    Close,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Machine {
+    environment: String,
+    vcpu_count: i64,
+    mem_mib: i64,
+    disk_mib: i64,
+    ttl_seconds: i64,
+    network: bool,
+    allow_host_compat: bool,
+    require_isolation: Option<String>,
+    cold: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Exec {
+    command: Words,
+    timeout_seconds: f64,
+    cwd: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "command must be a string, or a list of strings")]
+enum Words {
+    Shell(String),
+    Argv(Vec<String>),
+}
+
+impl Machine {
+    /// A number that no machine can have becomes one that the engine refuses, in the words of its limits.
+    fn spec(self) -> Result<VmSpec, String> {
+        let require_isolation = match self.require_isolation.as_deref() {
+            None => None,
+            Some("firecracker-kvm") => Some(Isolation::FirecrackerKvm),
+            Some("qemu-kvm") => Some(Isolation::QemuKvm),
+            Some("qemu-tcg") => Some(Isolation::QemuTcg),
+            Some(other) => {
+                return Err(format!(
+                    "require_isolation must be firecracker-kvm, qemu-kvm or qemu-tcg, not '{other}'"
+                ));
+            }
+        };
+        Ok(VmSpec {
+            vcpu_count: u8::try_from(self.vcpu_count).unwrap_or(0),
+            mem_mib: u32::try_from(self.mem_mib).unwrap_or(0),
+            disk_mib: u32::try_from(self.disk_mib).unwrap_or(0),
+            ttl_seconds: u32::try_from(self.ttl_seconds).unwrap_or(0),
+            network: self.network,
+            allow_host_compat: self.allow_host_compat,
+            require_isolation,
+            cold: self.cold,
+            ..VmSpec::new(self.environment)
+        })
+    }
+}
+
+impl Exec {
+    fn spec(self, stdin: Option<Vec<u8>>) -> ExecSpec {
+        let command = match self.command {
+            Words::Shell(text) => Command::Shell(text),
+            Words::Argv(words) => Command::argv(words),
+        };
+        let mut spec = ExecSpec::new(command);
+        spec.timeout_seconds = self.timeout_seconds;
+        spec.cwd = self.cwd;
+        spec.stdin = stdin.map(|bytes| -> Box<dyn tokio::io::AsyncRead + Send + Unpin> {
+            Box::new(std::io::Cursor::new(bytes))
+        });
+        spec
+    }
+}
+
+/// Why a request was not carried out.
+#[derive(Debug)]
+pub(crate) enum Refusal {
+    Engine(Error),
+    Invalid(String),
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Self::Engine(error)
+    }
+}
+
+/// Carries a request out; its result as JSON. When `given_up` is cancelled the work is dropped, which ends what it has
+/// made; a command in a task is cancelled.
+pub(crate) async fn perform(
+    engine: Engine,
+    request: Request,
+    stdin: Option<Vec<u8>>,
+    observer: Observer,
+    given_up: CancellationToken,
+) -> Result<String, Refusal> {
+    if let Request::ExecTask { task_id, exec } = request {
+        let exec = exec.spec(stdin);
+        let result = engine.exec_task_unless(&task_id, exec, observer, given_up.cancelled()).await?;
+        return told(&result);
+    }
+    tokio::select! {
+        result = done(engine, request, stdin, observer) => result,
+        () = given_up.cancelled() => Err(Refusal::Invalid("the operation was given up".to_owned())),
+    }
+}
+
+async fn done(
+    engine: Engine,
+    request: Request,
+    stdin: Option<Vec<u8>>,
+    observer: Observer,
+) -> Result<String, Refusal> {
+    match request {
+        Request::ListEnvironments => {
+            blocking(move || Ok(engine.environments().list().map_err(Error::from)?)).await
+        }
+        Request::PullEnvironment { environment } => told(&engine.pull(&environment, &observer).await?),
+        Request::InspectEnvironment { environment } => {
+            blocking(move || Ok(engine.environments().inspect(&environment).map_err(Error::from)?)).await
+        }
+        Request::PruneEnvironments => blocking(move || Ok(engine.prune()?)).await,
+        Request::CreateVm { machine } => {
+            told(&engine.create_vm(machine.spec().map_err(Refusal::Invalid)?, observer).await?)
+        }
+        Request::StartVm { vm_id } => told(&engine.start_vm(&vm_id).await?),
+        Request::StopVm { vm_id } => told(&engine.stop_vm(&vm_id).await?),
+        Request::DeleteVm { vm_id } => told(&engine.delete_vm(&vm_id).await?),
+        Request::StatusVm { vm_id } => blocking(move || Ok(engine.status_vm(&vm_id)?)).await,
+        Request::NetworkInfoVm { vm_id } => blocking(move || Ok(engine.network_info_vm(&vm_id)?)).await,
+        Request::ExecVm { vm_id, exec } => told(&engine.exec_vm(&vm_id, exec.spec(stdin), observer).await?),
+        Request::RunInVm { machine, exec } => {
+            let machine = machine.spec().map_err(Refusal::Invalid)?;
+            told(&engine.run(machine, exec.spec(stdin), observer).await?)
+        }
+        Request::ReapExpired => blocking(move || Ok(engine.reap_expired())).await,
+        Request::CreateTask { machine } => {
+            told(&engine.create_task(machine.spec().map_err(Refusal::Invalid)?, observer).await?)
+        }
+        Request::ExecTask { task_id, exec } => {
+            told(&engine.exec_task(&task_id, exec.spec(stdin), observer).await?)
+        }
+        Request::CancelTask { task_id, sequence } => {
+            engine.cancel_task(&task_id, sequence).await?;
+            told(&json!({ "task_id": task_id, "sequence": sequence, "ended": true }))
+        }
+        Request::StatusTask { task_id } => told(&engine.status_task(&task_id).await?),
+        Request::LogsTask { task_id, since_sequence, limit, max_bytes } => {
+            told(&engine.logs_task(&task_id, LogQuery { since_sequence, limit, max_bytes }).await?)
+        }
+        Request::StartTask { task_id } => told(&engine.start_task(&task_id).await?),
+        Request::StopTask { task_id } => told(&engine.stop_task(&task_id).await?),
+        Request::DeleteTask { task_id } => told(&engine.delete_task(&task_id).await?),
+        Request::ListTasks => told(&engine.list_tasks().await?),
+        Request::Close => {
+            engine.end_vms().await;
+            told(&json!({ "version": VERSION }))
+        }
+    }
+}
+
+async fn blocking<T: Serialize + Send + 'static>(
+    work: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
+) -> Result<String, Refusal> {
+    let done = tokio::task::spawn_blocking(work).await;
+    told(&done.map_err(|error| Refusal::Invalid(format!("a thread: {error}")))??)
+}
+
+fn told(value: &impl Serialize) -> Result<String, Refusal> {
+    serde_json::to_string(value).map_err(|error| Refusal::Invalid(format!("the result: {error}")))
+}
