@@ -5,13 +5,7 @@ Times are seconds since the epoch, durations milliseconds, sizes bytes.
 
 from __future__ import annotations
 
-import sys
-from typing import Dict, List, Optional, Union
-
-if sys.version_info >= (3, 11):
-    from typing import Literal, NotRequired, TypedDict
-else:
-    from typing_extensions import Literal, NotRequired, TypedDict
+from typing import Dict, List, Literal, Optional, TypedDict, Union
 
 __all__ = [
     "Cancelled",
@@ -138,13 +132,20 @@ class Cleanup(TypedDict):
     reason: str
 
 
-class ExecResult(TypedDict):
-    """The end of a command. ``fault`` tells what ended it other than itself."""
+class _Subject(TypedDict, total=False):
+    vm_id: str
+    task_id: str
+    sequence: int
+    cwd: str
+    cleanup: Cleanup
 
-    vm_id: NotRequired[str]
-    task_id: NotRequired[str]
-    sequence: NotRequired[int]
-    cwd: NotRequired[str]
+
+class ExecResult(_Subject):
+    """The end of a command. ``fault`` tells what ended it other than itself.
+
+    A command in a machine has ``vm_id`` and ``cleanup``; one in a task ``task_id``, ``sequence`` and ``cwd``.
+    """
+
     environment: str
     environment_version: str
     command: str
@@ -162,7 +163,6 @@ class ExecResult(TypedDict):
     start_mode: str
     fault: Optional[Fault]
     timings: Timings
-    cleanup: NotRequired[Cleanup]
 
 
 class JournalEntry(TypedDict):
@@ -216,13 +216,16 @@ class DeletedTask(TypedDict):
     reason: str
 
 
-class NetworkInfo(TypedDict):
-    """The network of a machine, or why it has none."""
+class _Reason(TypedDict, total=False):
+    reason: str
+
+
+class NetworkInfo(_Reason):
+    """The network of a machine, or the reason why it has none."""
 
     vm_id: str
     network_enabled: bool
     outbound_connectivity_expected: bool
-    reason: NotRequired[str]
 
 
 class Reaped(TypedDict):
