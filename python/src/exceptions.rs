@@ -1,8 +1,6 @@
 //! The exceptions of the package: one class for each kind of error of the engine, all of them a `PyroError`, with the
 //! error's code and hint.
 
-use std::ffi::CString;
-
 use pyo3::exceptions::{PyException, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -66,27 +64,33 @@ pub(crate) fn add_to(module: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 fn make(py: Python<'_>) -> PyResult<Classes> {
-    let about = CString::new("Any error of pyro; `code` is its stable name, `hint` what mends it, or None.")?;
-    let attributes = PyDict::new(py);
-    attributes.set_item("code", "host_failed")?;
-    attributes.set_item("hint", py.None())?;
-    let name = CString::new("pyro_mcp.PyroError")?;
+    let about = "Any error of pyro; `code` is its stable name, `hint` what mends it, or None.";
     let exception = py.get_type::<PyException>();
-    let base =
-        PyErr::new_type(py, &name, Some(&about), Some(&exception), Some(attributes.into_any().unbind()))?;
+    let base = new_class(py, "PyroError", &[&exception], about, ErrorKind::Host.code())?;
     let kinds = ErrorKind::ALL.into_iter().map(|kind| {
         let (name, of_value, about) = class(kind);
         let python = if of_value { py.get_type::<PyValueError>() } else { py.get_type::<PyRuntimeError>() };
-        let bases = PyTuple::new(py, [base.bind(py), &python])?;
-        let attributes = PyDict::new(py);
-        attributes.set_item("__module__", "pyro_mcp")?;
-        attributes.set_item("__doc__", about)?;
-        attributes.set_item("code", kind.code())?;
-        let made = py.get_type::<PyType>().call1((name, bases, attributes))?;
-        Ok(made.cast_into::<PyType>()?.unbind())
+        Ok(new_class(py, name, &[&base, &python], about, kind.code())?.unbind())
     });
     let kinds = kinds.collect::<PyResult<Vec<_>>>()?;
-    Ok(Classes { base, kinds })
+    Ok(Classes { base: base.unbind(), kinds })
+}
+
+/// A class with several bases, which `create_exception!` does not make.
+fn new_class<'py>(
+    py: Python<'py>,
+    name: &str,
+    bases: &[&Bound<'py, PyType>],
+    about: &str,
+    code: &str,
+) -> PyResult<Bound<'py, PyType>> {
+    let attributes = PyDict::new(py);
+    attributes.set_item("__module__", "pyro_mcp")?;
+    attributes.set_item("__doc__", about)?;
+    attributes.set_item("code", code)?;
+    attributes.set_item("hint", py.None())?;
+    let made = py.get_type::<PyType>().call1((name, PyTuple::new(py, bases)?, attributes))?;
+    Ok(made.cast_into::<PyType>()?)
 }
 
 /// The exception for an error of the engine.
