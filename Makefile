@@ -12,6 +12,8 @@ chaos: setup ## Kill everything at random, FOR seconds (600) from a SEED
 	scripts/chaos.sh
 fuzz: setup ## Feed every decoder of foreign bytes, FOR seconds each (20)
 	scripts/fuzz.sh
+wheel: setup ## Build the Python wheel
+	scripts/wheel.sh
 kernel: ## Build a guest kernel that starts faster than Debian's, and use it from then on
 	cargo run --quiet --release -p pyro-cli -- env kernel --from "$$(scripts/kernel.sh)"
 bench: setup ## Measure what SPECIFICATION.md promises
@@ -22,4 +24,4 @@ bench-mcp: setup ## Measure what the MCP server adds to the engine's own time
 	scripts/bench.sh mcp
 setup: ## Install what a fresh Debian machine lacks
 	@scripts/setup.sh
-.PHONY: help run test test-firecracker check chaos fuzz kernel bench bench-start bench-mcp setup
+.PHONY: help run test test-firecracker check chaos fuzz wheel kernel bench bench-start bench-mcp setup

@@ -8,9 +8,10 @@ status=0
 # shellcheck disable=SC2086 # one variable a word
 {
     env $variables cargo test --workspace -- --nocapture 2>&1 || echo "failed" > "$log.status"
-    # As other languages see it, after the command that the tests above have built.
-    env $variables PYRO_TEST_PROGRAM="$PWD/target/debug/pyro" target/venv/bin/python -m pytest -rs tests 2>&1 ||
-        echo "failed" > "$log.status"
+    # As other languages see it.
+    wheel=$(scripts/wheel.sh dev) && target/venv/bin/pip install --quiet --disable-pip-version-check --force-reinstall "$wheel" &&
+        env $variables PYRO_TEST_PROGRAM="$PWD/target/debug/pyro" PYRO_TEST_WHEEL="$wheel" \
+            target/venv/bin/python -m pytest -rs tests 2>&1 || echo "failed" > "$log.status"
 } | tee "$log"
 [ ! -e "$log.status" ] || { rm -f "$log.status"; status=1; }
 echo "skipped: $(grep -cE '^(skipped: |SKIPPED )' "$log" || true)"

