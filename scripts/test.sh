@@ -3,7 +3,7 @@
 set -eu
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-variables="$(scripts/environment.sh) $(scripts/clients.sh) PYRO_CHAOS_SECONDS=${PYRO_CHAOS_SECONDS:-180}"
+variables="$(scripts/environment.sh) $(scripts/clients.sh) PYRO_CHAOS_SECONDS=${PYRO_CHAOS_SECONDS:-60}"
 status=0
 # shellcheck disable=SC2086 # one variable a word
 {

@@ -28,17 +28,18 @@ SCRIPT: List[Dict[str, Any]] = [
 ]
 
 
-def model(messages: List[Dict[str, Any]]) -> Dict[str, Any]:
+def model(messages: List[Dict[str, Any]]) -> Any:
     """Stands for a call of a chat interface with ``messages`` and ``TOOLS``."""
     return SCRIPT[sum(message["role"] == "assistant" for message in messages)]
 
 
-def run_tool(pyro: Pyro, task_id: str, arguments: Dict[str, Any]) -> str:
+def run_tool(pyro: Pyro, task_id: str, arguments: Dict[str, str]) -> str:
     try:
         result = pyro.exec_task(task_id, command=arguments["command"], stdin=arguments.get("stdin"))
     except PyroError as error:
         return json.dumps({"error": str(error), "code": error.code, "hint": error.hint})
-    return json.dumps({key: result[key] for key in ("exit_code", "stdout", "stderr", "fault")})
+    told = {"exit_code": result["exit_code"], "stdout": result["stdout"], "stderr": result["stderr"]}
+    return json.dumps({**told, "fault": result["fault"]})
 
 
 with Pyro() as pyro:

@@ -1,11 +1,12 @@
 """The native half: requests in, events out."""
 
-from typing import Any, Callable, Literal, Optional, Tuple, Union
+from typing import Any, Callable, Literal, Optional, Tuple, Union, final
 
 __version__: str
 
-Event = Union[Tuple[Literal["stdout", "stderr"], bytes], Tuple[Literal["result"], str]]
+_Event = Union[Tuple[Literal["stdout", "stderr"], bytes], Tuple[Literal["result"], str]]
 
+@final
 class Engine:
     def __new__(
         cls,
@@ -18,9 +19,10 @@ class Engine:
     ) -> "Engine": ...
     def start(self, request: str, *, stdin: Optional[bytes] = None, output: bool = False) -> Running: ...
 
+@final
 class Running:
-    def next(self) -> Event: ...
-    def when_ready(self, ready: Callable[[Optional[Event], Optional[BaseException]], Any]) -> None: ...
+    def next(self) -> _Event: ...
+    def when_ready(self, ready: Callable[[Optional[_Event], Optional[BaseException]], Any]) -> None: ...
     def cancel(self) -> None: ...
     def abandon(self) -> None: ...
 

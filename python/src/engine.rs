@@ -13,7 +13,7 @@ use crate::running::{Running, elsewhere};
 use crate::runtime::{Owned, runtime};
 
 /// An engine of this process: machines that it makes end with it, tasks do not.
-#[pyclass(frozen)]
+#[pyclass(frozen, module = "pyro_mcp._pyro")]
 pub(crate) struct Engine {
     inner: Owned<(Arc<Runtime>, pyro_engine::Engine)>,
 }

@@ -35,7 +35,7 @@ struct Inner {
 }
 
 /// A request that is being carried out.
-#[pyclass(frozen)]
+#[pyclass(frozen, module = "pyro_mcp._pyro")]
 pub(crate) struct Running {
     inner: Owned<Inner>,
 }

@@ -178,7 +178,9 @@ def script(text, **options):
 
 
 def test_a_forked_child_makes_a_client_of_its_own(pyro):
-    child = script(
+    program = pyro.place / "forking.py"
+    # In a file, because `spawn` imports the main module.
+    program.write_text(
         """
 import multiprocessing, os
 from pyro_mcp import Pyro, WrongStateError
@@ -208,10 +210,9 @@ if __name__ == "__main__":
         with multiprocessing.get_context(method).Pool(2) as pool:
             assert pool.map(own, range(4)) == ["own\\n"] * 4
     print(client.exec_vm(vm, command="echo parent")["stdout"])
-""",
-        cwd=pyro.place,
+"""
     )
-    # `spawn` imports the main module, which -c has none of.
+    child = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True)
     text, _ = child.communicate(timeout=180)
     assert child.returncode == 0 and text == "parent\n\n", text
 

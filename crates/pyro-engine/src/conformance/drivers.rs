@@ -36,5 +36,8 @@ fn driver(backend: &str) -> Result<Driver, String> {
         supervisor: None,
     };
     let engine = Engine::open(config).expect("opened");
-    engine.vmm().map_err(|error| error.to_string())
+    engine.vmm().map_err(|error| {
+        let kvm = engine.host_facts().kvm;
+        if kvm.usable { error.to_string() } else { format!("no usable KVM ({})", kvm.why) }
+    })
 }

@@ -131,6 +131,7 @@ impl Engine {
         let ground = self.ground(&spec, DiskCache::Writeback, &observer).await?;
         observer.tell(Phase::Create(spec.environment.clone()));
         let isolation = ground.as_ref().map_or("none", |(isolation, _)| isolation.as_str());
+        let created_at = now();
         let mut file = TaskFile {
             layout_version: LAYOUT_VERSION,
             task_id: String::new(),
@@ -142,8 +143,8 @@ impl Engine {
             disk_mib: spec.disk_mib,
             ttl_seconds: spec.ttl_seconds,
             allow_host_compat: spec.allow_host_compat && spec.require_isolation.is_none(),
-            created_at: now(),
-            expires_at: now() + f64::from(spec.ttl_seconds),
+            created_at,
+            expires_at: created_at + f64::from(spec.ttl_seconds),
             boot_id: boot_id(),
             expires_at_boottime: boottime() + f64::from(spec.ttl_seconds),
             machine_id: files::random_hex(16).map_err(|error| Error::host("random numbers", &error))?,
