@@ -22,6 +22,8 @@ bench-start: setup ## Measure how soon a sandbox is there, and what it takes of 
 	scripts/bench.sh start
 bench-mcp: setup ## Measure what the MCP server adds to the engine's own time
 	scripts/bench.sh mcp
+bench-python: setup ## Measure what a call from Python costs
+	scripts/bench.sh python
 setup: ## Install what a fresh Debian machine lacks
 	@scripts/setup.sh
-.PHONY: help run test test-firecracker check chaos fuzz wheel kernel bench bench-start bench-mcp setup
+.PHONY: help run test test-firecracker check chaos fuzz wheel kernel bench bench-start bench-mcp bench-python setup

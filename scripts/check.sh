@@ -4,5 +4,5 @@ set -eu
 cargo fmt --all --check
 cargo clippy --workspace --all-targets --quiet -- -D warnings
 RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --quiet
-command -v cargo-deny >/dev/null 2>&1 || cargo install --quiet --locked cargo-deny
+command -v cargo-deny >/dev/null 2>&1 || cargo install --quiet --debug --locked cargo-deny
 cargo deny --offline --log-level error check bans licenses sources
