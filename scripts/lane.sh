@@ -2,7 +2,8 @@
 # Runs a program in a helper machine that has a working KVM, with the libraries that it needs, and returns its exit code:
 #   lane.sh USER PROGRAM ARGUMENT...
 # The helper is a QEMU that emulates a processor with virtualisation, so that Firecracker runs real guests in it whatever
-# this host can do. LANE_SECONDS is the program's time limit (900, so that it ends only what hangs); PYRO_TEST_CASES and PYRO_TEST_CYCLES are passed on.
+# this host can do. LANE_SECONDS is the program's time limit (900, so that it ends only what hangs); PYRO_TEST_CASES and
+# PYRO_TEST_CYCLES are passed on.
 # LANE_GUEST is `guest-own` for guests with the kernel of kernel/config.
 # It serves as a runner of cargo's. scripts/lane-build.sh makes what it boots from.
 set -eu

@@ -108,6 +108,17 @@ pub(crate) fn invalid(py: Python<'_>, message: String) -> PyErr {
     raise(py, ErrorKind::InvalidValue, ErrorKind::InvalidValue.code(), message, None)
 }
 
+/// The caller gave a request up.
+pub(crate) fn given_up(py: Python<'_>) -> PyErr {
+    raise(
+        py,
+        ErrorKind::Cancelled,
+        ErrorKind::Cancelled.code(),
+        "the operation was given up".to_owned(),
+        None,
+    )
+}
+
 /// The object cannot be used any more, or not here.
 pub(crate) fn unusable(py: Python<'_>, message: &str, hint: &str) -> PyErr {
     raise(py, ErrorKind::WrongState, ErrorKind::WrongState.code(), message.to_owned(), Some(hint))

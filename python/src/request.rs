@@ -112,6 +112,8 @@ impl Exec {
 pub(crate) enum Refusal {
     Engine(Error),
     Invalid(String),
+    /// Its caller gave it up.
+    GivenUp,
 }
 
 impl From<Error> for Refusal {
@@ -136,7 +138,7 @@ pub(crate) async fn perform(
     }
     tokio::select! {
         result = done(engine, request, stdin, observer) => result,
-        () = given_up.cancelled() => Err(Refusal::Invalid("the operation was given up".to_owned())),
+        () = given_up.cancelled() => Err(Refusal::GivenUp),
     }
 }
 

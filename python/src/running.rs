@@ -169,6 +169,7 @@ fn present<'py>(py: Python<'py>, event: Option<Event>) -> PyResult<(&'static str
         Some(Event::Done(Ok(json))) => Ok(("result", json.into_pyobject(py)?.into_any())),
         Some(Event::Done(Err(Refusal::Engine(error)))) => Err(exceptions::exception(py, &error)),
         Some(Event::Done(Err(Refusal::Invalid(message)))) => Err(exceptions::invalid(py, message)),
+        Some(Event::Done(Err(Refusal::GivenUp))) => Err(exceptions::given_up(py)),
         None => Err(exceptions::unusable(py, "the request has ended already", "make a new call")),
     }
 }

@@ -1,9 +1,11 @@
 """A server among broken clients, hostile guests and signals."""
 
+import contextlib
 import json
 import os
 import signal
 
+import anyio
 import httpx
 import pytest
 from mcp_clients import HttpServer, call, over_stdio, refused
@@ -125,6 +127,22 @@ async def test_two_clients_share_a_server_and_see_the_same_machines(http, pyro):
     assert len(pyro.vmms()) == 2
     assert http.stop() == 143
     wait_until(lambda: len(pyro.vmms()) == 1, "the machine has ended with its server")
+
+
+@pytest.mark.anyio
+async def test_a_server_that_ends_ends_the_calls_at_work(http, pyro):
+    async with http.connect() as session:
+        async with anyio.create_task_group() as group:
+
+            async def long_call():
+                with contextlib.suppress(Exception):
+                    await session.call_tool("vm_run", {**SMALL, "command": "sleep 100", "timeout_seconds": 200})
+
+            group.start_soon(long_call)
+            await anyio.to_thread.run_sync(wait_until, lambda: pyro.vmms(), "the machine runs")
+            assert await anyio.to_thread.run_sync(http.stop) == 143
+            group.cancel_scope.cancel()
+    assert not pyro.vmms() and not list((pyro.state / "vms").iterdir())
 
 
 def test_other_machines_are_let_in_only_on_request(pyro):

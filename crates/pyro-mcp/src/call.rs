@@ -15,11 +15,18 @@ pub(crate) struct Call {
     given_up: CancellationToken,
     /// Cancelled when the client is gone, which does not mean that it has changed its mind.
     gone: CancellationToken,
+    /// Cancelled when the server is on its way out.
+    ending: CancellationToken,
 }
 
 impl Call {
-    pub(crate) fn new(context: RequestContext<RoleServer>, gone: CancellationToken) -> Self {
-        Self { progress: context.meta.get_progress_token(), peer: context.peer, given_up: context.ct, gone }
+    pub(crate) fn new(
+        context: RequestContext<RoleServer>,
+        gone: CancellationToken,
+        ending: CancellationToken,
+    ) -> Self {
+        let progress = context.meta.get_progress_token();
+        Self { progress, peer: context.peer, given_up: context.ct, gone, ending }
     }
 
     /// Does the work, and drops it when the call is given up: what it had made ends with it.
@@ -33,22 +40,28 @@ impl Call {
         tokio::select! {
             done = work => Ok(done?),
             () = self.given_up.cancelled() => Err(Failure::cancelled()),
+            () = self.ending.cancelled() => Err(Failure::ending()),
         }
     }
 
-    /// Resolves when the call is given up.
-    pub(crate) async fn given_up(&self) {
+    /// Resolves when the client changes its mind about this call, and not when it goes away.
+    pub(crate) async fn cancelled(&self) {
         self.given_up.cancelled().await;
+        if self.gone.is_cancelled() || self.ending.is_cancelled() {
+            std::future::pending().await
+        }
     }
 
-    /// Resolves when the client is gone and this call with it: while a client only closes its end, answers still reach it.
-    pub(crate) async fn client_gone(&self) {
-        self.gone.cancelled().await;
-        self.given_up.cancelled().await;
-    }
-
-    /// Whether the client went away, rather than cancelling this call.
-    pub(crate) fn client_is_gone(&self) -> bool {
-        self.gone.is_cancelled()
+    /// Resolves when nobody can hear the answer any more: the server ends, or the client is gone and this call with it.
+    /// While a client only closes its end, answers still reach it.
+    pub(crate) async fn unheard(&self) {
+        let gone = async {
+            self.gone.cancelled().await;
+            self.given_up.cancelled().await;
+        };
+        tokio::select! {
+            () = gone => {}
+            () = self.ending.cancelled() => {}
+        }
     }
 }

@@ -28,6 +28,10 @@ impl Failure {
     pub(crate) fn cancelled() -> Self {
         Self::new(ErrorKind::Cancelled.code(), "the call was cancelled by the client")
     }
+
+    pub(crate) fn ending() -> Self {
+        Self::new(ErrorKind::Cancelled.code(), "the server is ending")
+    }
 }
 
 impl From<Error> for Failure {

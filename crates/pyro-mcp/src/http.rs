@@ -65,6 +65,7 @@ pub async fn serve_http(
     let token = Arc::new(Sha256::digest(options.token.as_bytes()).to_vec());
     let router =
         Router::new().route_service(PATH, service).layer(middleware::from_fn_with_state(token, with_token));
+    let _watch = server.end_with(&stop);
     ready(format!("http://{address}{PATH}"));
     axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await
 }

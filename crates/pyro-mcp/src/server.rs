@@ -71,6 +71,8 @@ struct Shared {
     profile: Profile,
     tools: Vec<Entry>,
     calls: TaskTracker,
+    /// Cancelled when the server is on its way out: calls end then, and what they have made.
+    ending: CancellationToken,
 }
 
 impl Server {
@@ -82,6 +84,7 @@ impl Server {
             profile,
             tools: tools::all().into_iter().filter(|entry| entry.profile <= profile).collect(),
             calls: TaskTracker::new(),
+            ending: CancellationToken::new(),
         };
         Self { shared: Arc::new(shared), gone: CancellationToken::new() }
     }
@@ -99,6 +102,7 @@ impl Server {
         use rmcp::service::ServerInitializeError;
         let gone = CancellationToken::new();
         let server = Self { shared: Arc::clone(&self.shared), gone: gone.clone() };
+        let _watch = self.end_with(&stop);
         let reader = UntilGone { reader, gone };
         match serve_server_with_ct(server, (reader, writer), stop).await {
             Ok(running) => running.waiting().await.map(drop).map_err(|error| ServeError(error.to_string())),
@@ -107,14 +111,24 @@ impl Server {
         }
     }
 
-    /// Waits for calls that are being ended, and ends all machines that were made through this server. Tasks live on.
+    /// Ends the calls that are at work, and all machines that were made through this server. Tasks live on.
     pub async fn close(&self) {
+        self.shared.ending.cancel();
         self.shared.calls.close();
         drop(tokio::time::timeout(WIND_UP, self.shared.calls.wait()).await);
         let engine = self.shared.engine.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(engine) = engine {
             engine.end_vms().await;
         }
+    }
+
+    /// Has calls end when `stop` is cancelled, as long as what this returns is held.
+    pub(crate) fn end_with(&self, stop: &CancellationToken) -> AbortOnDrop {
+        let (stop, ending) = (stop.clone(), self.shared.ending.clone());
+        AbortOnDrop(tokio::spawn(async move {
+            stop.cancelled().await;
+            ending.cancel();
+        }))
     }
 
     /// The engine; whatever keeps it from being opened may be mended before the next call.
@@ -144,7 +158,12 @@ impl Server {
         let done = match self.find(&name) {
             Some(entry) => {
                 let arguments = request.arguments.unwrap_or_default();
-                (entry.run)(self.clone(), arguments, Call::new(context, self.gone.clone())).await
+                (entry.run)(
+                    self.clone(),
+                    arguments,
+                    Call::new(context, self.gone.clone(), self.shared.ending.clone()),
+                )
+                .await
             }
             None => Err(self.unknown(&name)),
         };
@@ -244,6 +263,15 @@ impl ServerHandler for Server {
         _context: RequestContext<RoleServer>,
     ) -> Result<GetPromptResponse, ErrorData> {
         prompts::get(&request).map(Into::into)
+    }
+}
+
+/// A task of no use to anybody but its owner.
+pub(crate) struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

@@ -177,16 +177,10 @@ async fn task_exec(server: Server, (task, exec): (TaskId, Exec), call: Call) -> 
     let (exec, most) = exec.spec()?;
     let engine = server.engine().await?;
     let (observer, reporting) = progress::report(&call);
-    let changed_its_mind = async {
-        call.given_up().await;
-        if call.client_is_gone() {
-            std::future::pending().await
-        }
-    };
     let result = tokio::select! {
-        result = engine.exec_task_unless(&task.task_id, exec, observer, changed_its_mind) => result,
-        // The task and its journal outlive the client: so does the command.
-        () = call.client_gone() => return Err(Failure::cancelled()),
+        result = engine.exec_task_unless(&task.task_id, exec, observer, call.cancelled()) => result,
+        // The task and its journal outlive client and server: so does the command.
+        () = call.unheard() => return Err(Failure::ending()),
     };
     reporting.stop().await;
     Ok(exec::of_task(&engine, result?, most).await)
