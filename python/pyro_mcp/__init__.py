@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from . import types
 from ._asynchronous import AsyncPyro
+from ._core import OnOutput
 from ._pyro import (
     CapReachedError,
     CommandRefusedError,
@@ -55,6 +56,7 @@ __all__ = [
     "InvalidValueError",
     "IsolationUnavailableError",
     "NotFoundError",
+    "OnOutput",
     "OperationCancelledError",
     "OutcomeUnknownError",
     "Pyro",

@@ -6,14 +6,15 @@ import os
 import sys
 
 from ._program import find_program
+from ._pyro import PyroError
 
 
 def main() -> None:
     """Becomes the program."""
     try:
         program = find_program()
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
+    except PyroError as error:
+        sys.exit(f"error: {error}\nhint: {error.hint}")
     os.execv(program, ["pyro", *sys.argv[1:]])
 
 

@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import weakref
-from typing import Any, AsyncIterator, Callable, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, AsyncIterator, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 from . import _pyro
 from ._program import find_program
@@ -45,6 +45,8 @@ class Client:
                 raise _pyro.InvalidValueError(f"max_active_vms must be 1 or more, not {cap!r}")
             self._environ["PYRO_MAX_ACTIVE_VMS"] = str(cap)
         self._pid = os.getpid()
+        # Requests that were given up and may not have ended yet.
+        self._given_up: List[_pyro.Running] = []
         self._opened: Optional[_pyro.Engine] = _pyro.Engine(
             program=find_program(),
             backend_name=backend_name,
@@ -62,6 +64,17 @@ class Client:
         if self._opened is None:
             raise _pyro.WrongStateError("this client is closed; make a new one")
         return self._opened.start(text, stdin=stdin_bytes(stdin), output=output)
+
+
+    def _give_up(self, running: _pyro.Running) -> None:
+        running.cancel()
+        self._given_up = [other for other in self._given_up if not other.ended()]
+        self._given_up.append(running)
+
+    def _see_off(self) -> None:
+        """Waits until what was given up has ended: else a command could outlive this process."""
+        while self._given_up:
+            self._given_up.pop().abandon()
 
 
 class Blocking(Client):
@@ -94,6 +107,7 @@ class Blocking(Client):
 
     def _close(self) -> None:
         if self._opened is not None and self._pid == os.getpid():
+            self._see_off()
             self._call(request("close"))
         self._opened = None
 
@@ -104,16 +118,16 @@ class Awaiting(Client):
     async def _call(self, text: str, stdin: Union[str, bytes, None] = None, stream: Optional[OnOutput] = None) -> Any:
         running = self._start(text, stdin, stream is not None)
         while True:
-            kind, payload = await _next(running)
-            if kind == "result":
-                return json.loads(payload)
             try:
+                kind, payload = await _next(running)
+                if kind == "result":
+                    return json.loads(payload)
                 if stream is not None:
                     heard = stream(_output(kind, payload))
                     if inspect.isawaitable(heard):
                         await heard
             except BaseException:
-                running.cancel()
+                self._give_up(running)
                 raise
 
     async def _stream(self, text: str, stdin: Union[str, bytes, None]) -> AsyncIterator[StreamEvent]:
@@ -126,10 +140,11 @@ class Awaiting(Client):
                     return
                 yield _output(kind, payload)
         finally:
-            running.cancel()
+            self._give_up(running)
 
     async def _close(self) -> None:
         if self._opened is not None and self._pid == os.getpid():
+            await asyncio.get_running_loop().run_in_executor(None, self._see_off)
             await self._call(request("close"))
         self._opened = None
 
@@ -151,11 +166,7 @@ async def _next(running: _pyro.Running) -> Tuple[Any, Any]:
             future.set_exception(error)
 
     running.when_ready(lambda event, error: loop.call_soon_threadsafe(settle, event, error))
-    try:
-        return await future
-    except asyncio.CancelledError:
-        running.cancel()
-        raise
+    return await future
 
 
 _open_clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
@@ -168,4 +179,5 @@ def _end_machines() -> None:
         engine = client._opened
         if engine is not None and client._pid == os.getpid():
             with contextlib.suppress(_pyro.PyroError):
+                client._see_off()
                 engine.start(request("close")).next()

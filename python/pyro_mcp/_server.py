@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
-from typing import Dict, List, Optional
+import threading
+from typing import Dict, Iterator, List, Optional
 
 from ._program import find_program
+from ._pyro import InvalidValueError
 
 
 class Server:
@@ -14,7 +18,7 @@ class Server:
 
     def __init__(self, profile: str, environ: Dict[str, str]) -> None:
         if profile not in ("full", "task-core", "vm-run"):
-            raise ValueError(f"profile must be full, task-core or vm-run, not {profile!r}")
+            raise InvalidValueError(f"profile must be full, task-core or vm-run, not {profile!r}")
         self.profile = profile
         self.environ = environ
 
@@ -29,17 +33,29 @@ class Server:
         ``transport`` is ``stdio``, or ``http`` with ``listen`` as ``ADDRESS:PORT``.
         """
         if transport not in ("stdio", "http"):
-            raise ValueError(f"transport must be stdio or http, not {transport!r}")
+            raise InvalidValueError(f"transport must be stdio or http, not {transport!r}")
         command = self.command
         if transport == "http":
             command += ["--http", listen] if listen else ["--http"]
-        process = subprocess.Popen(command, env={**os.environ, **self.environ})
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                # The terminal has told the server too; its machines end with it.
-                continue
-            except BaseException:
-                process.terminate()
-                raise
+        # In a session of its own: of a terminal's signals it hears what is passed on, once.
+        process = subprocess.Popen(command, env={**os.environ, **self.environ}, start_new_session=True)
+        with _passed_on(process):
+            return process.wait()
+
+
+@contextlib.contextmanager
+def _passed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Has the signals that would end this process end the server, which ends this process's wait for it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def tell(number: int, frame: object) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -112,6 +112,7 @@ impl Exec {
 pub(crate) enum Refusal {
     Engine(Error),
     Invalid(String),
+    Host(String),
     /// Its caller gave it up.
     GivenUp,
 }
@@ -200,9 +201,9 @@ async fn blocking<T: Serialize + Send + 'static>(
     work: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
 ) -> Result<String, Refusal> {
     let done = tokio::task::spawn_blocking(work).await;
-    told(&done.map_err(|error| Refusal::Invalid(format!("a thread: {error}")))??)
+    told(&done.map_err(|error| Refusal::Host(format!("a thread: {error}")))??)
 }
 
 fn told(value: &impl Serialize) -> Result<String, Refusal> {
-    serde_json::to_string(value).map_err(|error| Refusal::Invalid(format!("the result: {error}")))
+    serde_json::to_string(value).map_err(|error| Refusal::Host(format!("the result: {error}")))
 }

@@ -34,6 +34,19 @@ struct Inner {
     _guard: DropGuard,
 }
 
+impl Inner {
+    /// Waits until the request has ended. A further signal does not wait.
+    fn wait_for_end(&self, py: Python<'_>) -> PyResult<()> {
+        while py
+            .detach(|| self.runtime.block_on(tokio::time::timeout(SIGNALS, until_done(&self.events))))
+            .is_err()
+        {
+            py.check_signals()?;
+        }
+        Ok(())
+    }
+}
+
 /// A request that is being carried out.
 #[pyclass(frozen, module = "pyro_mcp._pyro")]
 pub(crate) struct Running {
@@ -74,7 +87,7 @@ impl Running {
                 None => {
                     if let Err(raised) = py.check_signals() {
                         inner.given_up.cancel();
-                        py.detach(|| inner.runtime.block_on(until_done(&inner.events)));
+                        inner.wait_for_end(py)?;
                         return Err(raised);
                     }
                 }
@@ -88,15 +101,18 @@ impl Running {
         let events = Arc::clone(&inner.events);
         drop(inner.runtime.spawn(async move {
             let event = events.lock().await.recv().await;
-            // An interpreter that is on its way out hears nothing more.
-            Python::try_attach(|py| {
-                let heard = match present(py, event) {
-                    Ok(event) => ready.call1(py, (event, py.None())),
-                    Err(error) => ready.call1(py, (py.None(), error.into_value(py))),
-                };
-                // The loop that wanted to hear it is closed.
-                drop(heard);
-            });
+            // Whoever holds the GIL must not hold these threads up.
+            drop(tokio::task::spawn_blocking(move || {
+                // An interpreter that is on its way out hears nothing more.
+                Python::try_attach(|py| {
+                    let heard = match present(py, event) {
+                        Ok(event) => ready.call1(py, (event, py.None())),
+                        Err(error) => ready.call1(py, (py.None(), error.into_value(py))),
+                    };
+                    // The loop that wanted to hear it is closed.
+                    drop(heard);
+                });
+            }));
         }));
         Ok(())
     }
@@ -107,12 +123,17 @@ impl Running {
         Ok(())
     }
 
-    /// Gives the request up and waits until it has ended.
+    /// Gives the request up and waits until it has ended, or until a signal's handler raises.
     fn abandon(&self, py: Python<'_>) -> PyResult<()> {
         let inner = self.inner(py)?;
         inner.given_up.cancel();
-        py.detach(|| inner.runtime.block_on(until_done(&inner.events)));
-        Ok(())
+        inner.wait_for_end(py)
+    }
+
+    /// Whether nothing is left to come of it.
+    fn ended(&self, py: Python<'_>) -> PyResult<bool> {
+        let inner = self.inner(py)?;
+        Ok(inner.events.try_lock().is_ok_and(|events| events.is_closed()))
     }
 }
 
@@ -169,6 +190,7 @@ fn present<'py>(py: Python<'py>, event: Option<Event>) -> PyResult<(&'static str
         Some(Event::Done(Ok(json))) => Ok(("result", json.into_pyobject(py)?.into_any())),
         Some(Event::Done(Err(Refusal::Engine(error)))) => Err(exceptions::exception(py, &error)),
         Some(Event::Done(Err(Refusal::Invalid(message)))) => Err(exceptions::invalid(py, message)),
+        Some(Event::Done(Err(Refusal::Host(message)))) => Err(exceptions::host(&message)),
         Some(Event::Done(Err(Refusal::GivenUp))) => Err(exceptions::given_up(py)),
         None => Err(exceptions::unusable(py, "the request has ended already", "make a new call")),
     }

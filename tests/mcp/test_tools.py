@@ -41,7 +41,9 @@ async def test_a_profile_has_its_tools_and_each_is_described(pyro, profile, name
                 assert argument.get("description"), f"{tool.name}: {name}"
             hints = tool.annotations
             assert None not in (hints.readOnlyHint, hints.destructiveHint, hints.idempotentHint)
-            assert hints.destructiveHint == (tool.name in ("task_delete", "vm_delete", "vm_reap_expired"))
+            assert hints.destructiveHint == (
+                tool.name in ("task_delete", "vm_delete", "vm_exec", "vm_reap_expired")
+            )
         if profile == "vm-run":
             failure = await refused(session, "task_list")
             assert failure["code"] == "unknown_tool" and "vm-run" in failure["hint"]

@@ -8,6 +8,29 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+/// A lock on a file that is held for a moment.
+///
+/// It is given up in so many words, not by closing the file: a copy of this process that was forked meanwhile has the
+/// file open as well, and would hold the lock on.
+#[derive(Debug)]
+pub(crate) struct Moment(File);
+
+impl Moment {
+    /// Waits for the lock on this file, which is made where there is none.
+    pub(crate) fn wait(path: &Path) -> io::Result<Self> {
+        let file = File::create(path)?;
+        file.lock()?;
+        Ok(Self(file))
+    }
+}
+
+impl Drop for Moment {
+    fn drop(&mut self) {
+        // Where that fails, closing the file does it.
+        drop(self.0.unlock());
+    }
+}
+
 /// What became of an attempt to lock.
 #[derive(Debug)]
 pub(crate) enum Attempt {

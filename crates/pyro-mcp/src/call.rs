@@ -1,20 +1,66 @@
 //! One call of a tool: who made it, whether it was given up.
 
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
 use rmcp::RoleServer;
-use rmcp::model::ProgressToken;
+use rmcp::model::{ProgressToken, RequestId};
 use rmcp::service::{Peer, RequestContext};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::failure::Failure;
+
+/// How long after a call was given up its client may be heard to have cancelled it: the one comes right after the other.
+const MARK: Duration = Duration::from_secs(1);
+
+/// The calls that one client has cancelled by name.
+#[derive(Debug, Default)]
+pub(crate) struct Cancelled {
+    calls: Mutex<HashSet<RequestId>>,
+    told: Notify,
+}
+
+impl Cancelled {
+    pub(crate) fn tell(&self, call: RequestId) {
+        // What a client cancels that was never called, or has ended, must not add up.
+        const MOST: usize = 1024;
+        let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+        if calls.len() >= MOST {
+            calls.clear();
+        }
+        calls.insert(call);
+        drop(calls);
+        self.told.notify_waiters();
+    }
+
+    /// Resolves when this call was cancelled.
+    async fn hear(&self, call: &RequestId) {
+        loop {
+            let told = self.told.notified();
+            if self.heard(call) {
+                return;
+            }
+            told.await;
+        }
+    }
+
+    fn heard(&self, call: &RequestId) -> bool {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner).contains(call)
+    }
+}
 
 /// What a tool knows of its caller.
 pub(crate) struct Call {
     pub(crate) peer: Peer<RoleServer>,
     /// Under which the caller wants to hear of progress, if it does.
     pub(crate) progress: Option<ProgressToken>,
+    id: RequestId,
+    /// Cancelled when the client has cancelled the call, and when it is gone, which does not mean that it has changed its
+    /// mind.
     given_up: CancellationToken,
-    /// Cancelled when the client is gone, which does not mean that it has changed its mind.
-    gone: CancellationToken,
+    cancelled: Arc<Cancelled>,
     /// Cancelled when the server is on its way out.
     ending: CancellationToken,
 }
@@ -22,11 +68,11 @@ pub(crate) struct Call {
 impl Call {
     pub(crate) fn new(
         context: RequestContext<RoleServer>,
-        gone: CancellationToken,
+        cancelled: Arc<Cancelled>,
         ending: CancellationToken,
     ) -> Self {
         let progress = context.meta.get_progress_token();
-        Self { progress, peer: context.peer, given_up: context.ct, gone, ending }
+        Self { progress, peer: context.peer, id: context.id, given_up: context.ct, cancelled, ending }
     }
 
     /// Does the work, and drops it when the call is given up: what it had made ends with it.
@@ -47,17 +93,20 @@ impl Call {
     /// Resolves when the client changes its mind about this call, and not when it goes away.
     pub(crate) async fn cancelled(&self) {
         self.given_up.cancelled().await;
-        if self.gone.is_cancelled() || self.ending.is_cancelled() {
+        if tokio::time::timeout(MARK, self.cancelled.hear(&self.id)).await.is_err() {
             std::future::pending().await
         }
     }
 
-    /// Resolves when nobody can hear the answer any more: the server ends, or the client is gone and this call with it.
-    /// While a client only closes its end, answers still reach it.
+    /// Resolves when nobody can hear the answer any more: the server ends, or the client is gone and has not cancelled
+    /// the call before.
     pub(crate) async fn unheard(&self) {
         let gone = async {
-            self.gone.cancelled().await;
             self.given_up.cancelled().await;
+            tokio::time::sleep(MARK).await;
+            if self.cancelled.heard(&self.id) {
+                std::future::pending().await
+            }
         };
         tokio::select! {
             () = gone => {}

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Request, State};
@@ -19,6 +20,9 @@ use crate::server::Server;
 /// Where clients find the server.
 const PATH: &str = "/mcp";
 
+/// How long a session is kept after the longest command that it may have begun.
+const IDLE: Duration = Duration::from_secs(3600);
+
 /// How the server is reached over HTTP.
 #[derive(Clone, Debug)]
 pub struct HttpOptions {
@@ -26,9 +30,6 @@ pub struct HttpOptions {
     pub listen: SocketAddr,
     /// What each request must carry: `Authorization: Bearer TOKEN`.
     pub token: String,
-    /// Origins of web pages that may call, beside those of this machine; from any other, requests of a browser are
-    /// refused.
-    pub allowed_origins: Vec<String>,
 }
 
 /// Serves clients over HTTP until `stop` is cancelled. `ready` is told the address once it is bound.
@@ -46,9 +47,9 @@ pub async fn serve_http(
 ) -> std::io::Result<()> {
     let listener = TcpListener::bind(options.listen).await?;
     let address = listener.local_addr()?;
-    let own = ["http://localhost:*", "http://127.0.0.1:*", "http://[::1]:*"].map(str::to_owned);
+    // Web pages of other machines are told no here; those of this one cannot read an answer either, for none allows it.
     let mut config = StreamableHttpServerConfig::default()
-        .with_allowed_origins(own.into_iter().chain(options.allowed_origins))
+        .with_allowed_origins(["http://localhost:*", "http://127.0.0.1:*", "http://[::1]:*"])
         .enforce_origin_validation()
         .with_cancellation_token(stop.child_token());
     if !address.ip().is_loopback() {
@@ -56,11 +57,10 @@ pub async fn serve_http(
     }
     let service = {
         let server = server.clone();
-        StreamableHttpService::new(
-            move || Ok(server.clone()),
-            Arc::new(LocalSessionManager::default()),
-            config,
-        )
+        let mut sessions = LocalSessionManager::default();
+        // A session whose client says nothing may be waiting for a long command.
+        sessions.session_config.keep_alive = Some(server.longest_life() + IDLE);
+        StreamableHttpService::new(move || Ok(server.for_one_client()), Arc::new(sessions), config)
     };
     let token = Arc::new(Sha256::digest(options.token.as_bytes()).to_vec());
     let router =

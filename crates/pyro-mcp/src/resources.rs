@@ -13,8 +13,8 @@ const LISTED_COMMANDS: u64 = 10;
 /// Tasks whose commands are listed, newest activity first.
 const LISTED_TASKS: usize = 20;
 
-pub(crate) fn templates() -> Vec<ResourceTemplate> {
-    vec![
+pub(crate) fn templates(with_tasks: bool) -> Vec<ResourceTemplate> {
+    let mut templates = vec![
         ResourceTemplate::new("task://{task_id}/logs/{sequence}", "task log")
             .with_title("One command of a task")
             .with_description("A command of a task with its output and its end, as text")
@@ -23,7 +23,11 @@ pub(crate) fn templates() -> Vec<ResourceTemplate> {
             .with_title("An environment")
             .with_description("What is in an environment and whether it is installed, as JSON")
             .with_mime_type("application/json"),
-    ]
+    ];
+    if !with_tasks {
+        templates.remove(0);
+    }
+    templates
 }
 
 pub(crate) async fn list(server: &Server) -> Result<Vec<Resource>, ErrorData> {
@@ -44,7 +48,8 @@ pub(crate) async fn list(server: &Server) -> Result<Vec<Resource>, ErrorData> {
                 .with_mime_type("application/json")
         })
         .collect();
-    for task in listed.tasks.iter().take(LISTED_TASKS) {
+    let tasks = if server.has_tasks() { listed.tasks } else { Vec::new() };
+    for task in tasks.iter().take(LISTED_TASKS) {
         for sequence in (1..=task.command_count).rev().take(usize::try_from(LISTED_COMMANDS).unwrap_or(0)) {
             let name = format!("{} #{sequence}", task.task_id);
             resources.push(
@@ -71,6 +76,7 @@ pub(crate) async fn read(server: &Server, uri: &str) -> Result<ReadResourceResul
         return Ok(ReadResourceResult::new(vec![contents]));
     }
     let (id, sequence) = command_of(uri)
+        .filter(|_| server.has_tasks())
         .ok_or_else(|| missing(uri, "expected task://TASK_ID/logs/SEQUENCE or environment://NAME"))?;
     let most = 2 * text::MOST_STREAM_BYTES as u64;
     match engine.log_of_command(id, sequence, Some(most)).await {

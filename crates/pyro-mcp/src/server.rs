@@ -5,18 +5,18 @@ use std::time::{Duration, Instant};
 
 use pyro_engine::{Engine, EngineConfig, VERSION};
 use rmcp::model::{
-    CallToolRequestParams, CallToolResponse, CallToolResult, ContentBlock, GetPromptRequestParams,
-    GetPromptResponse, Implementation, ListPromptsResult, ListResourceTemplatesResult, ListResourcesResult,
-    ListToolsResult, PaginatedRequestParams, ReadResourceRequestParams, ReadResourceResponse,
-    ServerCapabilities, ServerConfig, Tool,
+    CallToolRequestParams, CallToolResponse, CallToolResult, CancelledNotificationParam, ContentBlock,
+    GetPromptRequestParams, GetPromptResponse, Implementation, ListPromptsResult,
+    ListResourceTemplatesResult, ListResourcesResult, ListToolsResult, PaginatedRequestParams,
+    ReadResourceRequestParams, ReadResourceResponse, ServerCapabilities, ServerConfig, Tool,
 };
-use rmcp::service::{RequestContext, serve_server_with_ct};
+use rmcp::service::{NotificationContext, RequestContext, serve_server_with_ct};
 use rmcp::{ErrorData, RoleServer, ServerHandler};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::call::Call;
+use crate::call::{Call, Cancelled};
 use crate::failure::Failure;
 use crate::tools::{self, Entry};
 use crate::{prompts, resources};
@@ -26,11 +26,13 @@ const WIND_UP: Duration = Duration::from_secs(5);
 
 const INSTRUCTIONS: &str = "\
 pyro gives you a computer of your own: a Linux microVM that cannot touch the host. Use vm_run for one command that \
-needs nothing kept. For anything with more than one step, call task_create once, task_exec as often as you like \
-(files, packages and background processes stay), and task_delete when you are done. Commands start in /workspace. \
+needs nothing kept; commands start in /workspace. A non-zero exit_code is a normal result; `fault` says when something \
+other than the command ended it.";
+const TASK_INSTRUCTIONS: &str = "\
+For anything with more than one step, call task_create once, task_exec as often as you like \
+(files, packages and background processes stay), and task_delete when you are done. \
 Every command of a task is on record: task_logs reads it again, also after you have lost the connection. Output is \
-cut in the middle when it is long; the mark says how to read the rest. A non-zero exit_code is a normal result; \
-`fault` says when something other than the command ended it.";
+cut in the middle when it is long; the mark says how to read the rest.";
 
 /// Which tools a server offers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -59,8 +61,8 @@ impl Profile {
 #[derive(Clone, Debug)]
 pub struct Server {
     shared: Arc<Shared>,
-    /// Cancelled when the client of this clone is gone.
-    gone: CancellationToken,
+    /// What the client of this clone has cancelled.
+    cancelled: Arc<Cancelled>,
 }
 
 #[derive(Debug)]
@@ -86,7 +88,7 @@ impl Server {
             calls: TaskTracker::new(),
             ending: CancellationToken::new(),
         };
-        Self { shared: Arc::new(shared), gone: CancellationToken::new() }
+        Self { shared: Arc::new(shared), cancelled: Arc::default() }
     }
 
     /// Serves one client on a pair of streams until it closes its end or `stop` is cancelled.
@@ -100,11 +102,8 @@ impl Server {
         stop: CancellationToken,
     ) -> Result<(), ServeError> {
         use rmcp::service::ServerInitializeError;
-        let gone = CancellationToken::new();
-        let server = Self { shared: Arc::clone(&self.shared), gone: gone.clone() };
         let _watch = self.end_with(&stop);
-        let reader = UntilGone { reader, gone };
-        match serve_server_with_ct(server, (reader, writer), stop).await {
+        match serve_server_with_ct(self.for_one_client(), (reader, writer), stop).await {
             Ok(running) => running.waiting().await.map(drop).map_err(|error| ServeError(error.to_string())),
             Err(ServerInitializeError::ConnectionClosed(_) | ServerInitializeError::Cancelled) => Ok(()),
             Err(error) => Err(ServeError(error.to_string())),
@@ -120,6 +119,21 @@ impl Server {
         if let Some(engine) = engine {
             engine.end_vms().await;
         }
+    }
+
+    /// The same server, for another client.
+    pub(crate) fn for_one_client(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared), cancelled: Arc::default() }
+    }
+
+    /// The longest that a machine, and so a command, may live.
+    pub(crate) fn longest_life(&self) -> Duration {
+        Duration::from_secs(self.shared.config.max_ttl_seconds.into())
+    }
+
+    /// Whether clients may know of tasks.
+    pub(crate) fn has_tasks(&self) -> bool {
+        self.shared.profile >= Profile::TaskCore
     }
 
     /// Has calls end when `stop` is cancelled, as long as what this returns is held.
@@ -161,7 +175,7 @@ impl Server {
                 (entry.run)(
                     self.clone(),
                     arguments,
-                    Call::new(context, self.gone.clone(), self.shared.ending.clone()),
+                    Call::new(context, Arc::clone(&self.cancelled), self.shared.ending.clone()),
                 )
                 .await
             }
@@ -201,7 +215,21 @@ impl ServerHandler for Server {
             ServerCapabilities::builder().enable_tools().enable_resources().enable_prompts().build();
         ServerConfig::new(capabilities)
             .with_server_info(Implementation::new("pyro_mcp", VERSION).with_title("pyro"))
-            .with_instructions(INSTRUCTIONS)
+            .with_instructions(if self.has_tasks() {
+                format!("{INSTRUCTIONS} {TASK_INSTRUCTIONS}")
+            } else {
+                INSTRUCTIONS.to_owned()
+            })
+    }
+
+    async fn on_cancelled(
+        &self,
+        notification: CancelledNotificationParam,
+        _context: NotificationContext<RoleServer>,
+    ) {
+        if let Some(call) = notification.request_id {
+            self.cancelled.tell(call);
+        }
     }
 
     async fn list_tools(
@@ -238,7 +266,7 @@ impl ServerHandler for Server {
         _request: Option<PaginatedRequestParams>,
         _context: RequestContext<RoleServer>,
     ) -> Result<ListResourceTemplatesResult, ErrorData> {
-        Ok(ListResourceTemplatesResult::with_all_items(resources::templates()))
+        Ok(ListResourceTemplatesResult::with_all_items(resources::templates(self.has_tasks())))
     }
 
     async fn read_resource(
@@ -254,7 +282,7 @@ impl ServerHandler for Server {
         _request: Option<PaginatedRequestParams>,
         _context: RequestContext<RoleServer>,
     ) -> Result<ListPromptsResult, ErrorData> {
-        Ok(ListPromptsResult::with_all_items(prompts::all()))
+        Ok(ListPromptsResult::with_all_items(if self.has_tasks() { prompts::all() } else { Vec::new() }))
     }
 
     async fn get_prompt(
@@ -286,27 +314,4 @@ pub(crate) async fn blocking<T: Send + 'static>(
 ) -> Result<T, Failure> {
     let failed = |error: tokio::task::JoinError| Failure::new("host_failed", format!("a thread: {error}"));
     tokio::task::spawn_blocking(work).await.map_err(failed)?
-}
-
-/// A reader that tells when its other end is gone.
-struct UntilGone<R> {
-    reader: R,
-    gone: CancellationToken,
-}
-
-impl<R: AsyncRead + Unpin> AsyncRead for UntilGone<R> {
-    fn poll_read(
-        mut self: std::pin::Pin<&mut Self>,
-        context: &mut std::task::Context<'_>,
-        buffer: &mut tokio::io::ReadBuf<'_>,
-    ) -> std::task::Poll<std::io::Result<()>> {
-        let before = buffer.filled().len();
-        let polled = std::pin::Pin::new(&mut self.reader).poll_read(context, buffer);
-        if let std::task::Poll::Ready(read) = &polled
-            && (read.is_err() || (buffer.filled().len() == before && buffer.remaining() > 0))
-        {
-            self.gone.cancel();
-        }
-        polled
-    }
 }

@@ -28,9 +28,6 @@ pub(crate) struct McpServeArgs {
     /// With --http: also listen where other machines can connect
     #[arg(long, requires = "http")]
     pub(crate) allow_remote: bool,
-    /// With --http: let web pages of this origin call too
-    #[arg(long, value_name = "ORIGIN", requires = "http")]
-    pub(crate) allow_origin: Vec<String>,
     /// Write the log to this file too, not only to stderr
     #[arg(long, value_name = "FILE")]
     pub(crate) log_file: Option<PathBuf>,

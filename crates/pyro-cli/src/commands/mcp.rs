@@ -8,8 +8,8 @@ use etcetera::BaseStrategy;
 use pyro_mcp::{HttpOptions, InstallError, Installation, Profile, Server};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
+use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::fmt::writer::{BoxMakeWriter, MakeWriterExt};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
@@ -91,7 +91,7 @@ fn http_options(args: &McpServeArgs, listen: SocketAddr) -> Result<(HttpOptions,
     }
     let made = given.is_none();
     let token = given.map_or_else(random_token, Ok)?;
-    Ok((HttpOptions { listen, token, allowed_origins: args.allow_origin.clone() }, made))
+    Ok((HttpOptions { listen, token }, made))
 }
 
 fn random_token() -> Result<String, Failure> {
@@ -112,27 +112,30 @@ fn tell(printer: &Printer, url: &str, token: Option<&String>) {
     }
 }
 
-/// What the server has to tell goes to stderr, and to a file where one is wanted.
+/// What goes wrong is told on stderr; each call too in a file, where one is wanted. Not on stderr: a host that has a pipe
+/// there and does not read it would stop the server once it is full.
 fn start_log(file: Option<&std::path::Path>) -> Result<(), Failure> {
-    let stderr = BoxMakeWriter::new(std::io::stderr);
-    let writer = match file {
-        None => stderr,
+    // Lines that are no JSON-RPC are told here and nowhere else.
+    let troubles = || {
+        Targets::new()
+            .with_default(LevelFilter::WARN)
+            .with_target("rmcp::transport::async_rw", LevelFilter::DEBUG)
+    };
+    let on_stderr = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    let in_file = match file {
+        None => None,
         Some(path) => {
             let open = std::fs::File::options().append(true).create(true).open(path);
             let file = open.map_err(|error| {
                 Failure::host(&format!("the log file '{}'", path.display()), &error)
                     .hint("name a file that can be written: --log-file FILE")
             })?;
-            BoxMakeWriter::new(stderr.and(Arc::new(file)))
+            let layer = tracing_subscriber::fmt::layer().with_writer(Arc::new(file)).with_ansi(false);
+            Some(layer.with_filter(troubles().with_target("pyro_mcp", LevelFilter::INFO)))
         }
     };
-    let levels = Targets::new()
-        .with_default(LevelFilter::WARN)
-        .with_target("pyro_mcp", LevelFilter::INFO)
-        // Lines that are no JSON-RPC are told here and nowhere else.
-        .with_target("rmcp::transport::async_rw", LevelFilter::DEBUG);
-    let layer = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(false);
-    drop(tracing_subscriber::registry().with(levels).with(layer).try_init());
+    let log = tracing_subscriber::registry().with(on_stderr.with_filter(troubles())).with(in_file);
+    drop(log.try_init());
     Ok(())
 }
 

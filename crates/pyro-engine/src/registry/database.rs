@@ -1,6 +1,5 @@
 //! Opening the database: by many processes at once, of an older layout, or damaged beyond use.
 
-use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -9,6 +8,7 @@ use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, TransactionBehavior};
 
 use crate::error::{Error, ErrorKind};
+use crate::lock::Moment;
 
 /// How long another process may hold the database.
 const BUSY: Duration = Duration::from_secs(10);
@@ -34,8 +34,7 @@ const MIGRATIONS: &[&str] = &[
 pub(super) fn open(state_dir: &Path) -> Result<(Connection, bool), Error> {
     let failed = |error: io::Error| Error::state(state_dir, &error);
     // Two processes that switch a new database to WAL at once fail; so the first open is for one alone.
-    let init = File::create(state_dir.join("registry.db.init")).map_err(failed)?;
-    init.lock().map_err(failed)?;
+    let init = Moment::wait(&state_dir.join("registry.db.init")).map_err(failed)?;
     let opened = match open_once(state_dir) {
         Err(Failed::NoDatabase) => {
             // Nothing in it can be trusted. It is kept for whoever wants to know why, and made anew.

@@ -92,11 +92,9 @@ impl Registry {
 
     /// Whoever takes the lock of a task without a supervisor does so under this one, for a moment: so a lock that is
     /// held is held by a supervisor, or by the birth of one.
-    fn repair_lock(&self) -> Result<File, Error> {
-        let failed = |error: io::Error| Error::state(&self.state_dir, &error);
-        let repair = File::create(self.state_dir.join("repair.lock")).map_err(failed)?;
-        repair.lock().map_err(failed)?;
-        Ok(repair)
+    fn repair_lock(&self) -> Result<lock::Moment, Error> {
+        lock::Moment::wait(&self.state_dir.join("repair.lock"))
+            .map_err(|error| Error::state(&self.state_dir, &error))
     }
 
     fn lock_under_repair(&self, id: &str, directory: &TaskDirectory) -> Result<TaskLock, Error> {

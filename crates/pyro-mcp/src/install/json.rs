@@ -12,7 +12,19 @@ pub(super) fn with_entry(text: &str, section: &str, name: &str, entry: &Value) -
     let servers =
         object.object_value_or_create(section).ok_or_else(|| format!("'{section}' in it is no object"))?;
     match servers.get(name) {
-        Some(there) if there.to_serde_value().as_ref() == Some(entry) => return Ok(text.to_owned()),
+        // Keys that somebody has added to it, such as `env`, stay.
+        Some(there) if there.object_value().is_some() => {
+            let (Some(object), Some(ours)) = (there.object_value(), entry.as_object()) else {
+                return Err(format!("'{section}.{name}' in it is no object"));
+            };
+            for (key, value) in ours {
+                match object.get(key) {
+                    Some(kept) if kept.to_serde_value().as_ref() == Some(value) => {}
+                    Some(other) => other.set_value(input(value)),
+                    None => drop(object.append(key, input(value))),
+                }
+            }
+        }
         Some(there) => there.set_value(input(entry)),
         None => drop(servers.append(name, input(entry))),
     }

@@ -228,11 +228,13 @@ mod tests {
     fn everything_else_in_a_file_stays() {
         let dir = tempfile::tempdir().expect("a directory");
         let json = dir.path().join("mcp.json");
-        let before = "{\n  // mine\n  \"servers\": {\n    \"other\": {\"command\": \"x\"},\n    \"pyro\": {\"command\": \"old\", \"args\": []}\n  },\n  \"z\": 1, \"a\": 2\n}\n";
+        let before = "{\n  // mine\n  \"servers\": {\n    \"other\": {\"command\": \"x\"},\n    \"pyro\": {\"command\": \"old\", \"args\": [], \"env\": {\"X\": \"1\"}}\n  },\n  \"z\": 1, \"a\": 2\n}\n";
         fs_err::write(&json, before).expect("written");
         installation(Host::VsCode).write(&json).expect("edited");
         let after = fs_err::read_to_string(&json).expect("read");
-        for kept in ["// mine", "\"other\": {\"command\": \"x\"}", "\"z\": 1, \"a\": 2"] {
+        for kept in
+            ["// mine", "\"env\": {\"X\": \"1\"}", "\"other\": {\"command\": \"x\"}", "\"z\": 1, \"a\": 2"]
+        {
             assert!(after.contains(kept), "{kept} in {after}");
         }
         assert!(after.contains("/usr/bin/pyro") && !after.contains("\"old\""), "{after}");

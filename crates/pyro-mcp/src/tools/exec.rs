@@ -27,19 +27,25 @@ pub(super) fn of_machine(mut result: ExecResult, most: usize) -> ExecResult {
 /// The result of a command in a task: what is cut is in the journal, and the mark says where.
 pub(super) async fn of_task(engine: &Engine, mut result: ExecResult, most: usize) -> ExecResult {
     let (id, sequence) = (result.task_id.clone().unwrap_or_default(), result.sequence.unwrap_or_default());
-    for (stream, text, truncated) in [
-        (Stream::Stdout, &mut result.stdout, &mut result.stdout_truncated),
-        (Stream::Stderr, &mut result.stderr, &mut result.stderr_truncated),
+    for (stream, text, total, truncated) in [
+        (Stream::Stdout, &mut result.stdout, result.stdout_bytes, &mut result.stdout_truncated),
+        (Stream::Stderr, &mut result.stderr, result.stderr_bytes, &mut result.stderr_truncated),
     ] {
         *truncated |= text.len() > most;
-        *text = shown(engine, &id, sequence, stream, text, most).await;
+        *text = shown(engine, (&id, sequence, stream), text, total, most).await;
     }
     text::shorten(&mut result.command);
     result
 }
 
 /// One stream of a command as it is shown: its ends from the journal, where places in the text are places in the file.
-async fn shown(engine: &Engine, id: &str, sequence: u64, stream: Stream, text: &str, most: usize) -> String {
+async fn shown(
+    engine: &Engine,
+    (id, sequence, stream): (&str, u64, Stream),
+    text: &str,
+    total: u64,
+    most: usize,
+) -> String {
     if text.len() <= most {
         return text::plain(text);
     }
@@ -52,6 +58,11 @@ async fn shown(engine: &Engine, id: &str, sequence: u64, stream: Stream, text: &
     let file_bytes = head.as_ref().map_or(0, |head| head.file_bytes);
     let tail = engine.read_task_output(id, sequence, stream, file_bytes.saturating_sub(half), half).await;
     match (head, tail) {
+        // The journal has dropped what came last, which the result still has.
+        (Ok(head), _) if total > file_bytes && file_bytes > half => {
+            let (bytes, half) = (text.as_bytes(), most / 2);
+            text::head_and_tail(&head.bytes, &bytes[bytes.len() - half..], total, remedy)
+        }
         (Ok(head), Ok(tail)) if file_bytes > 2 * half => {
             text::head_and_tail(&head.bytes, &tail.bytes, file_bytes, remedy)
         }

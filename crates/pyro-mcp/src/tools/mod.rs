@@ -43,6 +43,8 @@ enum Effect {
     Acts,
     /// As `Acts`, but a second call changes nothing more.
     Settles,
+    /// It runs what the caller wrote, and removes something for good.
+    Spends,
     /// It removes something for good; a second call changes nothing more.
     Removes,
 }
@@ -53,6 +55,7 @@ impl Effect {
             Self::Reads => (true, false, true),
             Self::Acts => (false, false, false),
             Self::Settles => (false, false, true),
+            Self::Spends => (false, true, false),
             Self::Removes => (false, true, true),
         };
         ToolAnnotations::with_title(title)

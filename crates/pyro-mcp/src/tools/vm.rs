@@ -59,7 +59,7 @@ pub(super) fn all() -> Vec<Entry> {
                 description: "Runs one command in a started machine, then deletes the machine, whatever came of the \
                               command. Returns what vm_run returns. To run several commands use task_exec.",
                 profile,
-                effect: Effect::Acts,
+                effect: Effect::Spends,
             },
             vm_exec,
         ),
