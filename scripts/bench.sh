@@ -9,7 +9,7 @@ if [ "$1" = python ]; then
     wheel=$(scripts/wheel.sh)
     target/venv/bin/pip install --quiet --disable-pip-version-check --force-reinstall "$wheel"
     # shellcheck disable=SC2086 # one variable a word
-    exec env $variables target/venv/bin/python python/bench.py
+    exec env $variables target/venv/bin/python python/benches/overhead.py
 fi
 case $1 in
     mcp) package=pyro-mcp bench=overhead ;;

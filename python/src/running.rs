@@ -37,10 +37,9 @@ struct Inner {
 impl Inner {
     /// Waits until the request has ended. A further signal does not wait.
     fn wait_for_end(&self, py: Python<'_>) -> PyResult<()> {
-        while py
-            .detach(|| self.runtime.block_on(tokio::time::timeout(SIGNALS, until_done(&self.events))))
-            .is_err()
-        {
+        // The timer is made where it runs: on the runtime.
+        let wait = async || tokio::time::timeout(SIGNALS, until_done(&self.events)).await;
+        while py.detach(|| self.runtime.block_on(wait())).is_err() {
             py.check_signals()?;
         }
         Ok(())

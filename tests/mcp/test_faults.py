@@ -8,7 +8,7 @@ import signal
 import anyio
 import httpx
 import pytest
-from mcp_clients import HttpServer, call, over_stdio, refused
+from mcp_clients import call, over_stdio, refused
 from pyro_process import PATIENCE, wait_until
 from raw_client import Raw
 
@@ -167,10 +167,10 @@ async def test_a_state_directory_that_cannot_be_used_is_told_in_a_result(pyro):
         pyro.environ["PYRO_STATE_DIR"] = str(pyro.state)
 
 
-def test_the_log_goes_to_a_file_on_request(pyro):
+@pytest.mark.anyio
+async def test_each_call_is_logged_in_a_file_on_request(pyro):
     log = pyro.place / "asked.log"
-    server = HttpServer(pyro, "--log-file", str(log))
-    server.post(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call",
-                            "params": {"name": "task_list", "arguments": {}}}), **server.headers)
-    server.stop()
+    async with over_stdio(pyro, "--log-file", str(log)) as session:
+        await call(session, "task_list")
     assert "task_list" in log.read_text()
+    assert "task_list" not in (pyro.place / "server.log").read_text()
