@@ -13,6 +13,7 @@ def anyio_backend():
 def pyro(tmp_path):
     pyro = Pyro(tmp_path)
     yield pyro
+    pyro.end_all()
     for task in pyro.json("task", "list")["tasks"]:
         pyro.run("task", "delete", task["task_id"])
     wait_until(lambda: not pyro.vmms(), "no VMM is left")

@@ -18,6 +18,7 @@ class Pyro:
     def __init__(self, place: Path):
         self.place = place
         self.state = state = place / "state"
+        self.started = []
         self.environ = {
             **os.environ,
             "PYRO_STATE_DIR": str(state),
@@ -29,7 +30,16 @@ class Pyro:
         return [PROGRAM, *words]
 
     def start(self, *words, **options):
-        return subprocess.Popen(self.command(*words), env=self.environ, **options)
+        process = subprocess.Popen(self.command(*words), env=self.environ, **options)
+        self.started.append(process)
+        return process
+
+    def end_all(self):
+        """Ends what a failed test has left running."""
+        for process in self.started:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(timeout=PATIENCE)
 
     def run(self, *words, **options):
         return subprocess.run(
