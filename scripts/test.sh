@@ -3,7 +3,10 @@
 set -eu
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-variables="$(scripts/environment.sh) $(scripts/clients.sh) PYRO_CHAOS_SECONDS=${PYRO_CHAOS_SECONDS:-60}"
+# Each on its own: of several in one assignment only the last could fail.
+environment=$(scripts/environment.sh)
+clients=$(scripts/clients.sh)
+variables="$environment $clients PYRO_CHAOS_SECONDS=${PYRO_CHAOS_SECONDS:-60}"
 status=0
 # shellcheck disable=SC2086 # one variable a word
 {

@@ -65,7 +65,6 @@ class Client:
             raise _pyro.WrongStateError("this client is closed; make a new one")
         return self._opened.start(text, stdin=stdin_bytes(stdin), output=output)
 
-
     def _give_up(self, running: _pyro.Running) -> None:
         running.cancel()
         self._given_up = [other for other in self._given_up if not other.ended()]

@@ -229,14 +229,14 @@ async fn task_logs(server: Server, (task, query): (TaskId, Query), _call: Call) 
     }
     let engine = server.engine().await?;
     let max_bytes = Some(if query.stream.is_some() { 0 } else { bytes as u64 });
-    // Of one command more than its number is not needed, and its number is not below.
-    let asked =
-        LogQuery { since_sequence: only.unwrap_or(since), limit: only.is_none().then_some(limit), max_bytes };
     let mut entries = match only {
         Some(sequence) => {
             engine.log_of_command(&task.task_id, sequence, max_bytes).await?.into_iter().collect()
         }
-        None => engine.logs_task(&task.task_id, asked).await?.entries,
+        None => {
+            let asked = LogQuery { since_sequence: since, limit: Some(limit), max_bytes };
+            engine.logs_task(&task.task_id, asked).await?.entries
+        }
     };
     for entry in &mut entries {
         entry.stdout = text::plain(&entry.stdout);
