@@ -64,30 +64,21 @@ enum Words {
 }
 
 impl Machine {
-    /// A number that no machine can have becomes one that the engine refuses, in the words of its limits.
-    fn spec(self) -> Result<VmSpec, String> {
-        let require_isolation = match self.require_isolation.as_deref() {
-            None => None,
-            Some("firecracker-kvm") => Some(Isolation::FirecrackerKvm),
-            Some("qemu-kvm") => Some(Isolation::QemuKvm),
-            Some("qemu-tcg") => Some(Isolation::QemuTcg),
-            Some(other) => {
-                return Err(format!(
-                    "require_isolation must be firecracker-kvm, qemu-kvm or qemu-tcg, not '{other}'"
-                ));
-            }
+    fn spec(self) -> Result<VmSpec, Refusal> {
+        let named = |name: String| {
+            Isolation::named(&name).ok_or_else(|| {
+                let text = "require_isolation must be firecracker-kvm, qemu-kvm or qemu-tcg";
+                Refusal::Invalid(format!("{text}, not '{name}'"))
+            })
         };
-        Ok(VmSpec {
-            vcpu_count: u8::try_from(self.vcpu_count).unwrap_or(0),
-            mem_mib: u32::try_from(self.mem_mib).unwrap_or(0),
-            disk_mib: u32::try_from(self.disk_mib).unwrap_or(0),
-            ttl_seconds: u32::try_from(self.ttl_seconds).unwrap_or(0),
+        let spec = VmSpec {
             network: self.network,
             allow_host_compat: self.allow_host_compat,
-            require_isolation,
+            require_isolation: self.require_isolation.map(named).transpose()?,
             cold: self.cold,
             ..VmSpec::new(self.environment)
-        })
+        };
+        Ok(spec.sized(self.vcpu_count, self.mem_mib, self.disk_mib, self.ttl_seconds))
     }
 }
 
@@ -158,9 +149,7 @@ async fn done(
             blocking(move || Ok(engine.environments().inspect(&environment).map_err(Error::from)?)).await
         }
         Request::PruneEnvironments => blocking(move || Ok(engine.prune()?)).await,
-        Request::CreateVm { machine } => {
-            told(&engine.create_vm(machine.spec().map_err(Refusal::Invalid)?, observer).await?)
-        }
+        Request::CreateVm { machine } => told(&engine.create_vm(machine.spec()?, observer).await?),
         Request::StartVm { vm_id } => told(&engine.start_vm(&vm_id).await?),
         Request::StopVm { vm_id } => told(&engine.stop_vm(&vm_id).await?),
         Request::DeleteVm { vm_id } => told(&engine.delete_vm(&vm_id).await?),
@@ -168,13 +157,11 @@ async fn done(
         Request::NetworkInfoVm { vm_id } => blocking(move || Ok(engine.network_info_vm(&vm_id)?)).await,
         Request::ExecVm { vm_id, exec } => told(&engine.exec_vm(&vm_id, exec.spec(stdin), observer).await?),
         Request::RunInVm { machine, exec } => {
-            let machine = machine.spec().map_err(Refusal::Invalid)?;
+            let machine = machine.spec()?;
             told(&engine.run(machine, exec.spec(stdin), observer).await?)
         }
         Request::ReapExpired => blocking(move || Ok(engine.reap_expired())).await,
-        Request::CreateTask { machine } => {
-            told(&engine.create_task(machine.spec().map_err(Refusal::Invalid)?, observer).await?)
-        }
+        Request::CreateTask { machine } => told(&engine.create_task(machine.spec()?, observer).await?),
         Request::ExecTask { task_id, exec } => {
             told(&engine.exec_task(&task_id, exec.spec(stdin), observer).await?)
         }

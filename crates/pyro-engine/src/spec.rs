@@ -47,6 +47,20 @@ impl VmSpec {
         }
     }
 
+    /// A machine of this size and life, given as numbers of any value: one that no machine can have becomes one that is
+    /// refused when the machine is asked for, in the words of its limits.
+    #[must_use]
+    pub fn sized(self, vcpu_count: i64, mem_mib: i64, disk_mib: i64, ttl_seconds: i64) -> Self {
+        let narrow = |number: i64| u32::try_from(number).unwrap_or(0);
+        Self {
+            vcpu_count: u8::try_from(vcpu_count).unwrap_or(0),
+            mem_mib: narrow(mem_mib),
+            disk_mib: narrow(disk_mib),
+            ttl_seconds: narrow(ttl_seconds),
+            ..self
+        }
+    }
+
     pub(crate) fn check(&self, max_ttl: u32) -> Result<(), Error> {
         let invalid = |message: String| Err(Error::new(ErrorKind::InvalidValue, message));
         if !(1..=8).contains(&self.vcpu_count) {

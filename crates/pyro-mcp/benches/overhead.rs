@@ -20,18 +20,11 @@ const ROUNDS: usize = 40;
 #[tokio::main]
 async fn main() {
     let state = tempfile::tempdir().expect("a directory");
+    let config = EngineConfig::from_environment(Some(variable("PYRO_TEST_PROGRAM"))).expect("an environment");
     let config = EngineConfig {
         state_dir: state.path().to_owned(),
         cache_dir: variable("PYRO_TEST_ENVIRONMENTS"),
-        apt_sources: None,
-        tool_path: std::env::var_os("PATH").unwrap_or_default(),
-        backend: None,
-        firecracker: None,
-        template_limit_mib: 4096,
-        spare: false,
-        max_active_vms: 4,
-        max_ttl_seconds: 3600,
-        supervisor: Some(variable("PYRO_TEST_PROGRAM")),
+        ..config
     };
     let engine = Engine::open(config.clone()).expect("the engine opens");
     let mut client = Client::connect(Server::new(config, Profile::Full)).await;

@@ -75,20 +75,16 @@ pub(super) fn command(words: Vec<std::ffi::OsString>) -> Command {
     Command::argv(words)
 }
 
-/// The machine that is asked for. A number that no machine can have becomes one that the engine refuses, in the words
-/// of the contract.
+/// The machine that is asked for.
 pub(super) fn machine(args: MachineArgs) -> Result<VmSpec, Failure> {
-    Ok(VmSpec {
-        vcpu_count: u8::try_from(args.vcpu_count).unwrap_or(0),
-        mem_mib: u32::try_from(args.mem_mib).unwrap_or(0),
-        disk_mib: u32::try_from(args.disk_mib).unwrap_or(0),
-        ttl_seconds: u32::try_from(args.ttl_seconds).unwrap_or(0),
+    let spec = VmSpec {
         network: args.network,
         allow_host_compat: args.allow_host_compat,
         require_isolation: args.require_isolation.map(Isolation::from),
         cold: args.cold,
         ..VmSpec::new(args.environment)
-    })
+    };
+    Ok(spec.sized(args.vcpu_count, args.mem_mib, args.disk_mib, args.ttl_seconds))
 }
 
 /// Tells the phases of a command as they come.

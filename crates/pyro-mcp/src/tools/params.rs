@@ -97,13 +97,9 @@ enum Tier {
 }
 
 impl Machine {
-    /// As the engine wants it. A number that no machine can have becomes one that the engine refuses, in the words of
-    /// its limits.
+    /// As the engine wants it.
     pub(super) fn spec(self) -> VmSpec {
-        VmSpec {
-            vcpu_count: u8::try_from(self.vcpu_count).unwrap_or(0),
-            mem_mib: u32::try_from(self.mem_mib).unwrap_or(0),
-            ttl_seconds: u32::try_from(self.ttl_seconds).unwrap_or(0),
+        let spec = VmSpec {
             network: self.network,
             allow_host_compat: self.allow_host_compat,
             require_isolation: self.require_isolation.map(|tier| match tier {
@@ -112,7 +108,9 @@ impl Machine {
                 Tier::QemuTcg => Isolation::QemuTcg,
             }),
             ..VmSpec::new(self.environment)
-        }
+        };
+        let disk_mib = spec.disk_mib.into();
+        spec.sized(self.vcpu_count, self.mem_mib, disk_mib, self.ttl_seconds)
     }
 }
 
