@@ -5,4 +5,4 @@ variables=$(scripts/environment.sh)
 seed=${SEED:-$(date +%s)}
 # shellcheck disable=SC2086 # one variable a word
 env $variables PYRO_CHAOS_SECONDS="${FOR:-600}" PYRO_CHAOS_SEED="$seed" \
-    cargo test --quiet -p pyro-cli --test it -- chaos --nocapture
+    cargo test --quiet --workspace --test it -- chaos --nocapture

@@ -4,9 +4,10 @@
 set -eu
 cache=$PWD/target/tmp/environments
 export PYRO_ENVIRONMENT_CACHE_DIR="$cache" PYRO_STATE_DIR="$PWD/target/tmp/state"
-pulled=$(cargo run --quiet -p pyro-cli -- env pull debian:12 --json)
+pyro=$(scripts/program.sh)
+pulled=$("$pyro" env pull debian:12 --json)
 # What an agent builds programs in.
-cargo run --quiet -p pyro-cli -- env pull debian:12-build --json > /dev/null
+"$pyro" env pull debian:12-build --json > /dev/null
 of() { echo "$pulled" | sed -n "s/^ *\"$1\": \"\(.*\)\",*$/\1/p"; }
 kernel=$(of kernel_image)
 bare=$PWD/target/tmp/bare-guest.cpio

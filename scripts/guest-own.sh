@@ -9,8 +9,9 @@ rm -rf "$tmp/guest-own" "$tmp/environments-own"
 cp -al "$tmp/environments" "$tmp/environments-own"
 rm -rf "$tmp/environments-own/templates" "$tmp/environments-own/locks"
 export PYRO_ENVIRONMENT_CACHE_DIR="$tmp/environments-own" PYRO_STATE_DIR="$tmp/state"
-cargo run --quiet -p pyro-cli -- env kernel --from "$kernel" >&2
-pulled=$(cargo run --quiet -p pyro-cli -- env pull debian:12 --json)
+pyro=$(scripts/program.sh)
+"$pyro" env kernel --from "$kernel" >&2
+pulled=$("$pyro" env pull debian:12 --json)
 of() { echo "$pulled" | sed -n "s/^ *\"$1\": \"\(.*\)\",*$/\1/p"; }
 mkdir "$tmp/guest-own"
 ln -s "$(of kernel_image)" "$tmp/guest-own/vmlinux"

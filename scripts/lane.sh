@@ -5,7 +5,7 @@
 # this host can do. LANE_SECONDS is the program's time limit (900, so that it ends only what hangs); PYRO_TEST_CASES and
 # PYRO_TEST_CYCLES are passed on.
 # LANE_GUEST is `guest-own` for guests with the kernel of kernel/config.
-# It serves as a runner of cargo's. scripts/lane-build.sh makes what it boots from.
+# scripts/lane-build.sh makes what it boots from.
 set -eu
 user=$1
 program=$(realpath "$2")
@@ -24,7 +24,7 @@ done
 strip -g "$root$program"
 {
     echo 'export HOME=/tmp RUST_BACKTRACE=0 PYRO_TEST_GUEST=/lane/'"${LANE_GUEST:-guest}"' PYRO_FIRECRACKER=/lane/firecracker'
-    echo "export PYRO_TEST_CASES='${PYRO_TEST_CASES:-}' PYRO_TEST_CYCLES='${PYRO_TEST_CYCLES:-}'"
+    echo "export PYRO_TEST_KVM=1 PYRO_TEST_CASES='${PYRO_TEST_CASES:-}' PYRO_TEST_CYCLES='${PYRO_TEST_CYCLES:-}'"
     printf "exec '%s'" "$program"
     printf " '%s'" "$@"
     echo

@@ -4,13 +4,14 @@ set -eu
 profile=${1:-release}
 scripts/clients.sh > /dev/null
 case $profile in
-    dev) flags= dir=debug ;;
-    *) flags=--release dir=release ;;
+    dev) flags= pyro=$(scripts/program.sh) ;;
+    *)
+        flags=--release pyro=target/release/pyro
+        cargo build --quiet --release -p pyro-cli
+        ;;
 esac
-# shellcheck disable=SC2086 # none or one
-cargo build --quiet $flags -p pyro-cli
 mkdir -p python/pyro_mcp/_bin
-install -m 755 "target/$dir/pyro" python/pyro_mcp/_bin/pyro
+install -m 755 "$pyro" python/pyro_mcp/_bin/pyro
 [ "$profile" = release ] || strip python/pyro_mcp/_bin/pyro
 rm -rf target/wheels
 # shellcheck disable=SC2086

@@ -3,7 +3,7 @@
 //! The cases have the same names on each. They run one after another on one driver, and those that only talk to a
 //! guest share one. `PYRO_TEST_GUEST` names a directory with `vmlinux`, `initramfs`, `rootfs` and `overlay`; without
 //! it, or without the VMM, a driver's run says that it is skipped. `PYRO_TEST_CASES` holds parts of the names
-//! of the cases to run, with commas between them.
+//! of the cases to run, with commas between them, or of those to leave out, each with a minus sign before it.
 
 mod bench;
 mod confinement;
@@ -24,13 +24,16 @@ struct Suite {
     bench: Bench,
     /// Parts of the names of the cases that are run; none: all.
     only: Vec<String>,
+    /// Parts of the names of those that are not.
+    without: Vec<String>,
     passed: Vec<&'static str>,
     failed: Vec<&'static str>,
 }
 
 impl Suite {
     async fn case(&mut self, name: &'static str, case: impl AsyncFnOnce(&Bench)) {
-        if !self.only.is_empty() && !self.only.iter().any(|part| name.contains(part)) {
+        let in_name = |part: &String| name.contains(part.as_str());
+        if !self.only.is_empty() && !self.only.iter().any(in_name) || self.without.iter().any(in_name) {
             return;
         }
         let began = std::time::Instant::now();
@@ -52,9 +55,15 @@ impl Suite {
 /// All cases, on one driver.
 async fn all(name: &'static str, driver: Driver, files: PathBuf) {
     let bench = Bench::new(driver, files);
-    let only = std::env::var("PYRO_TEST_CASES").unwrap_or_default();
-    let only = only.split(',').filter(|part| !part.is_empty()).map(str::to_owned).collect();
-    let mut suite = Suite { name, bench, only, passed: Vec::new(), failed: Vec::new() };
+    let chosen = std::env::var("PYRO_TEST_CASES").unwrap_or_default();
+    let (mut only, mut without) = (Vec::new(), Vec::new());
+    for part in chosen.split(',').filter(|part| !part.is_empty()) {
+        match part.strip_prefix('-') {
+            Some(part) => without.push(part.to_owned()),
+            None => only.push(part.to_owned()),
+        }
+    }
+    let mut suite = Suite { name, bench, only, without, passed: Vec::new(), failed: Vec::new() };
     let shared = suite.bench.boot().await;
     suite
         .case("a_command_has_its_output_and_its_exit_code", async |_| guest::exit_codes(&shared).await)
