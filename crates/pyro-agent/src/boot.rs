@@ -67,7 +67,6 @@ pub(crate) fn boot() -> Result<Guest, BootError> {
     let hardened = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
     attach("proc", "/proc", "proc", hardened, "").phase("init", "/proc")?;
     attach("sysfs", "/sys", "sysfs", hardened, "").phase("init", "/sys")?;
-    protect_from_oom().phase("init", "oom_score_adj")?;
     let channel = Channel::announced().phase("init", "/proc/cmdline")?;
     load_modules("order")?;
     if matches!(channel, Channel::Vsock { .. }) {
@@ -82,14 +81,6 @@ pub(crate) fn boot() -> Result<Guest, BootError> {
     raise_file_limit();
     let root_micros = uptime_micros();
     Ok(Guest { namespace, cgroup_namespace, null, cgroup, channel, init_micros, root_micros })
-}
-
-/// The kernel never picks the agent when memory runs out; commands get the ordinary score back.
-fn protect_from_oom() -> io::Result<()> {
-    std::fs::OpenOptions::new()
-        .write(true)
-        .open("/proc/self/oom_score_adj")
-        .and_then(|mut file| io::Write::write_all(&mut file, b"-1000"))
 }
 
 fn load_modules(list: &str) -> Result<(), BootError> {

@@ -96,9 +96,10 @@ pub(crate) fn run(
             Err(refused) => exec_event::Kind::Refused(refused),
         };
         drop(events.send(Ok(ExecEvent { kind: Some(last) })).await);
-        // That there are no more events must not wait for what follows.
+        // That there are no more events must not wait for what follows; nor must whoever sends them.
         drop(events);
         drop(told.await);
+        tokio::task::yield_now().await;
         guest.cgroup.tidy();
     }));
     receiver
@@ -125,17 +126,13 @@ impl Running {
     fn start(guest: &Guest, reaper: &Reaper, command: &Command) -> Result<Self, ExecRefused> {
         let other = |error: io::Error| refused(&error, "the agent could not prepare the command");
         let words = Words::of(&command.start).map_err(other)?;
-        let (stdin, stdin_end) = if command.start.stdin {
-            let (end, pipe) = pipe_pair().map_err(other)?;
-            (Some(pipe), end)
-        } else {
-            (None, guest.null.try_clone().map_err(other)?.into())
-        };
+        let stdin = command.start.stdin.then(pipe_pair).transpose().map_err(other)?;
+        let (stdin_end, stdin) = stdin.unzip();
         let (stdout, stdout_end) = pipe_pair().map_err(other)?;
         let (stderr, stderr_end) = pipe_pair().map_err(other)?;
-        let stdin = stdin.map(pipe::Sender::from_owned_fd).transpose().map_err(other)?;
-        let stdout = pipe::Receiver::from_owned_fd(stdout).map_err(other)?;
-        let stderr = pipe::Receiver::from_owned_fd(stderr).map_err(other)?;
+        let stdin = stdin.map(|end| own_end(end, pipe::Sender::from_owned_fd_unchecked)).transpose().map_err(other)?;
+        let stdout = own_end(stdout, pipe::Receiver::from_owned_fd_unchecked).map_err(other)?;
+        let stderr = own_end(stderr, pipe::Receiver::from_owned_fd_unchecked).map_err(other)?;
         let began = Instant::now();
         let launch_in = |cgroup: &ExecCgroup| {
             launch(&Launch {
@@ -144,14 +141,18 @@ impl Running {
                 envp: &words.envp,
                 cwd: &command.cwd,
                 files: COMMAND_FILES,
-                stdio: [stdin_end.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()],
+                stdio: [
+                    stdin_end.as_ref().map_or(guest.null.as_fd(), OwnedFd::as_fd),
+                    stdout_end.as_fd(),
+                    stderr_end.as_fd(),
+                ],
                 cgroup: cgroup.directory(),
                 cgroup_namespace: guest.cgroup_namespace.as_fd(),
                 mount_namespace: guest.namespace.as_fd(),
             })
         };
-        let mut cgroup = match guest.cgroup.take_spare() {
-            Some(spare) => spare,
+        let mut cgroup = match guest.cgroup.take_ready() {
+            Some(ready) => ready,
             None => guest.cgroup.exec().map_err(other)?,
         };
         let mut launched = launch_in(&cgroup);
@@ -291,6 +292,12 @@ fn candidates(program: &CString, path: &[u8]) -> io::Result<Vec<CString>> {
 /// The end to read from, then the end to write to.
 fn pipe_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
+}
+
+/// The agent's end of a pipe, which never blocks it.
+fn own_end<T>(end: OwnedFd, wrap: fn(OwnedFd) -> io::Result<T>) -> io::Result<T> {
+    rustix::io::ioctl_fionbio(&end, true)?;
+    wrap(end)
 }
 
 /// Moves one stream until its end, or until it is quiet after the main process has ended.

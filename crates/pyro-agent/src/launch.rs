@@ -9,7 +9,7 @@
 #![expect(unsafe_code, reason = "a child that shares this process's memory")]
 
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit};
@@ -196,12 +196,30 @@ fn become_command(plan: &mut Plan<'_>) -> Result<std::convert::Infallible, Launc
 fn prepare(launch: &Launch<'_>) -> Result<(), Errno> {
     move_into_link_name_space(launch.cgroup_namespace, Some(LinkNameSpaceType::ControlGroup))?;
     rustix::process::setrlimit(Resource::Nofile, launch.files)?;
-    // The agent's proc, before its mount namespace is left.
-    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
-    let score = rustix::fs::open(c"/proc/self/oom_score_adj", flags, rustix::fs::Mode::empty())?;
-    rustix::io::write(score.as_fd(), b"0")?;
+    ordinary_priority();
     move_into_link_name_space(launch.mount_namespace, Some(LinkNameSpaceType::Mount))?;
     rustix::process::setsid().map(drop)
+}
+
+/// A command takes its turns as others do: see `wait_for_turns`.
+fn ordinary_priority() {
+    schedule(libc::SCHED_OTHER);
+}
+
+/// Makes the agent a process that waits for its turn when it is woken, instead of taking the processor at once from the
+/// command that has woken it: a command that starts, writes or ends would be left for the agent and come back again, and
+/// each change of the address space empties the caches of an emulated processor.
+pub(crate) fn wait_for_turns() {
+    schedule(libc::SCHED_BATCH);
+}
+
+fn schedule(policy: libc::c_int) {
+    // SAFETY: all-zero is the only valid priority of these policies; the call reads it.
+    unsafe {
+        let parameters: libc::sched_param = std::mem::zeroed();
+        // What refuses this leaves the policy as it was, which is slower and no worse.
+        libc::syscall(libc::SYS_sched_setscheduler, 0, policy, &raw const parameters);
+    }
 }
 
 fn enter(cwd: &CStr) -> Result<(), Errno> {

@@ -33,9 +33,13 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    launch::wait_for_turns();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let served = match runtime {
-        Ok(runtime) => runtime.block_on(serve::serve(guest)),
+        // As a task of its own: whatever wakes the outermost future costs a call of the kernel.
+        Ok(runtime) => runtime
+            .block_on(async { tokio::spawn(serve::serve(guest)).await })
+            .unwrap_or_else(|error| Err(std::io::Error::other(error))),
         Err(error) => Err(error),
     };
     if let Err(error) = served {

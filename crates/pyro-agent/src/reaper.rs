@@ -1,12 +1,18 @@
 //! PID 1's oldest duty: reap every child, its own and those that lost their parent.
+//!
+//! Their ends come by a descriptor rather than by a handler, which would interrupt the agent, write to a socket for itself
+//! and read from it again: where the processor is emulated, that takes as long as half a short command.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::process::{Pid, WaitOptions, wait};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
 type Waiting = Arc<Mutex<HashMap<Pid, oneshot::Sender<ExitStatus>>>>;
@@ -18,13 +24,19 @@ pub(crate) struct Reaper {
 }
 
 impl Reaper {
-    /// Starts to reap, on the current runtime.
-    pub(crate) fn start() -> std::io::Result<Self> {
+    /// Starts to reap, on the current runtime. From now on this thread, and those that it starts, block SIGCHLD.
+    pub(crate) fn start() -> io::Result<Self> {
         let reaper = Self::default();
-        let mut ended = signal(SignalKind::child())?;
+        let ends = File::from(ends_of_children()?);
+        #[expect(unsafe_code, reason = "tokio asks for a promise about the descriptor")]
+        // SAFETY: the file owns its descriptor, and lives in what is made here.
+        let ends = unsafe { AsyncFd::register(ends) }?;
         let waiting = Arc::clone(&reaper.waiting);
         drop(tokio::spawn(async move {
-            while ended.recv().await.is_some() {
+            // An end is told once, however many children have ended by then.
+            while let Ok(mut ready) = ends.readable().await {
+                drop(ends.get_ref().read(&mut [0; size_of::<libc::signalfd_siginfo>()]));
+                ready.clear_ready();
                 reap_all(&waiting);
             }
         }));
@@ -42,6 +54,24 @@ impl Reaper {
     /// Whether a child is watched and has not been reaped.
     pub(crate) fn watches(&self, pid: Pid) -> bool {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&pid)
+    }
+}
+
+/// Readable while SIGCHLD is pending.
+#[expect(unsafe_code, reason = "rustix has no signalfd")]
+fn ends_of_children() -> io::Result<OwnedFd> {
+    // SAFETY: the set is initialised before it is read, and the descriptor is new and nobody else's.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGCHLD);
+        if libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) != 0 {
+            return Err(io::Error::other("SIGCHLD cannot be blocked"));
+        }
+        match libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) {
+            -1 => Err(io::Error::last_os_error()),
+            descriptor => Ok(OwnedFd::from_raw_fd(descriptor)),
+        }
     }
 }
 

@@ -119,9 +119,10 @@ async fn meet(
 }
 
 /// Takes what comes in the first moment, so that the whole answer of a short command travels in one piece: each piece
-/// costs the guest a write to the port, and its VMM a wake-up.
+/// costs the guest a write to the port, and its VMM a wake-up. Where the processor is emulated on a slow host, a short command
+/// takes 20 ms; nobody sees that of a longer one the first output is so much later.
 async fn gather(events: &mut mpsc::Receiver<Result<ExecEvent, Status>>) -> Vec<Result<ExecEvent, Status>> {
-    const MOMENT: Duration = Duration::from_millis(12);
+    const MOMENT: Duration = Duration::from_millis(25);
     const MOST: usize = 4;
     let mut first = Vec::new();
     let moment = tokio::time::sleep(MOMENT);
