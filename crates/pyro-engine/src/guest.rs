@@ -6,9 +6,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::pin::Pin;
 use std::sync::Mutex;
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hyper_util::rt::TokioIo;
@@ -18,7 +16,7 @@ use pyro_proto::{
     EnvVar, ExecExited, ExecInput, ExecRefused, ExecStart, GENERATION, HelloRequest, IdentifyRequest,
     PowerOffRequest, RestRequest, SetClockRequest, SignalRequest, StdinEnd, exec_event, exec_input, limits,
 };
-use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, ReadBuf};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -26,6 +24,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Status, Streaming};
 
 use crate::error::chain;
+use crate::guest_stream::GuestStream;
 use crate::spec::{Command, ExecSpec};
 
 /// How long the agent waits between TERM and KILL when a command's time is up.
@@ -98,7 +97,7 @@ pub(crate) enum Event {
 impl Guest {
     /// Meets the agent on a fresh stream and gives the guest its identity.
     pub(crate) async fn meet(stream: UnixStream, identity: &Identity) -> io::Result<Self> {
-        let stream = Unclosed(begin(stream).await?);
+        let stream = GuestStream::new(begin(stream).await?);
         let stream = Mutex::new(Some(stream));
         let connector = tower::service_fn(move |_| {
             let stream = stream.lock().ok().and_then(|mut stream| stream.take());
@@ -265,37 +264,6 @@ async fn resynchronize(stream: &mut BufReader<UnixStream>, until_answered: bool)
             Step::Begin => return Ok(()),
             Step::Read => {}
         }
-    }
-}
-
-/// A stream whose end is that of its last owner: the end of a conversation on it does not close it.
-struct Unclosed(BufReader<UnixStream>);
-
-impl AsyncRead for Unclosed {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for Unclosed {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(context)
     }
 }
 

@@ -28,6 +28,7 @@ mod error;
 mod execute;
 mod files;
 mod guest;
+mod guest_stream;
 mod host;
 mod live;
 mod lock;
