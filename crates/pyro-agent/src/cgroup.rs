@@ -6,8 +6,8 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -151,9 +151,8 @@ impl Group {
 
     /// Whether no process is in it and one could run there; if so, it is as good as new.
     fn is_free(&self) -> bool {
-        let is_free = read_short(&self.events).is_ok_and(|text| {
-            ["populated 0", "frozen 0"].iter().all(|word| text.lines().any(|line| line == *word))
-        });
+        let is_free = read_short(&self.events)
+            .is_ok_and(|text| ["populated 0", "frozen 0"].iter().all(|word| text.lines().any(|line| line == *word)));
         if is_free {
             self.oom_kills_before.store(self.oom_kills(), Ordering::Relaxed);
         }

@@ -130,10 +130,7 @@ impl Running {
         let (stdin_end, stdin) = stdin.unzip();
         let (stdout, stdout_end) = pipe_pair().map_err(other)?;
         let (stderr, stderr_end) = pipe_pair().map_err(other)?;
-        let stdin = stdin
-            .map(|end| own_end(end, pipe::Sender::from_owned_fd_unchecked))
-            .transpose()
-            .map_err(other)?;
+        let stdin = stdin.map(|end| own_end(end, pipe::Sender::from_owned_fd_unchecked)).transpose().map_err(other)?;
         let stdout = own_end(stdout, pipe::Receiver::from_owned_fd_unchecked).map_err(other)?;
         let stderr = own_end(stderr, pipe::Receiver::from_owned_fd_unchecked).map_err(other)?;
         let began = Instant::now();

@@ -55,10 +55,7 @@ pub(crate) fn open() -> io::Result<(FromHost, ToHost)> {
     let (received, incoming) = mpsc::channel(QUEUE);
     let (outgoing, to_send) = mpsc::channel(QUEUE);
     std::thread::Builder::new().stack_size(64 << 10).spawn(move || read_all(reader, &received)).map(drop)?;
-    std::thread::Builder::new()
-        .stack_size(64 << 10)
-        .spawn(move || write_all(writer, to_send, &written))
-        .map(drop)?;
+    std::thread::Builder::new().stack_size(64 << 10).spawn(move || write_all(writer, to_send, &written)).map(drop)?;
     let sink = PollSender::new(outgoing).sink_map_err(|_closed| io::Error::from(io::ErrorKind::BrokenPipe));
     let to_host = Writer { port, queue: SinkWriter::new(CopyToBytes::new(sink)), queued };
     Ok((StreamReader::new(ReceiverStream::new(incoming)), Box::pin(to_host)))

@@ -18,36 +18,20 @@ pub(crate) enum Place {
 /// # Errors
 /// When the file system refuses; `AlreadyExists` where the name must be free and is not.
 pub(crate) fn put(path: &Path, bytes: &[u8], place: Place) -> io::Result<()> {
-    write_beside(path, bytes, place, fs_err::File::sync_data).map(drop)
-}
-
-/// As `put` with a name that must be free, but the bytes are on the disk only when the file that is returned is synced: until
-/// then a loss of power, and nothing else, may leave it empty.
-pub(crate) fn put_unsynced(path: &Path, bytes: &[u8]) -> io::Result<fs_err::File> {
-    write_beside(path, bytes, Place::Free, |_file| Ok(()))
-}
-
-fn write_beside(
-    path: &Path,
-    bytes: &[u8],
-    place: Place,
-    sync: impl FnOnce(&fs_err::File) -> io::Result<()>,
-) -> io::Result<fs_err::File> {
     let parent = path.parent().ok_or_else(|| io::Error::other("a path without a parent"))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let beside = parent.join(format!(".{name}.{}", random_hex(4)?));
     let write = || {
         let mut file = fs_err::OpenOptions::new().write(true).create_new(true).open(&beside)?;
         file.write_all(bytes)?;
-        sync(&file)?;
+        file.sync_data()?;
         match place {
-            Place::Taken => fs_err::rename(&beside, path)?,
+            Place::Taken => fs_err::rename(&beside, path),
             Place::Free => {
                 use rustix::fs::{CWD, RenameFlags, renameat_with};
-                renameat_with(CWD, &beside, CWD, path, RenameFlags::NOREPLACE)?;
+                Ok(renameat_with(CWD, &beside, CWD, path, RenameFlags::NOREPLACE)?)
             }
         }
-        Ok(file)
     };
     let written = write();
     if written.is_err() {

@@ -18,7 +18,7 @@ use crate::execute::{Cancel, Limit, Outcome, Place, Sink, carry_out, ended, mill
 use crate::guest::{Chunk, Stream};
 use crate::record::Fault;
 use crate::spec::ExecSpec;
-use crate::task::journal::{EntryStatus, JournalEntry, NewEntry, Unsettled, Writer};
+use crate::task::journal::{EntryStatus, JournalEntry, NewEntry, Writer};
 use crate::task::not_started;
 use crate::task::supervisor_proto::{Event, event};
 
@@ -30,8 +30,7 @@ pub(super) type Events = Pin<Box<dyn tokio_stream::Stream<Item = Result<Event, t
 type Caller = mpsc::Sender<Result<Event, tonic::Status>>;
 
 impl Supervisor {
-    /// Begins a command; its events come on the channel. Its entry is on disk when this returns, which the guest does not
-    /// wait for.
+    /// Begins a command; its events come on the channel. Its entry is on disk when this returns.
     pub(super) async fn exec(
         self: &Arc<Self>,
         exec: ExecSpec,
@@ -47,15 +46,14 @@ impl Supervisor {
         };
         let (progress, watched) = watch::channel(Progress::default());
         let cancel = watch::Sender::new(None);
-        let (settle, settled) = watch::channel(false);
-        let handle = Handle { progress: watched, cancel: cancel.clone(), settled: settled.clone() };
+        let handle = Handle { progress: watched, cancel: cancel.clone() };
         let new = NewEntry {
             command: exec.command.display(),
             cwd: exec.cwd.clone(),
             execution_mode: mode.to_owned(),
             request_id,
         };
-        let (writer, unsettled) =
+        let writer =
             self.commands.begin(handle, async |sequence| self.begin_entry(sequence, new).await).await?;
         let (sender, events) = mpsc::channel(QUEUE);
         let sequence = writer.entry.sequence;
@@ -68,27 +66,13 @@ impl Supervisor {
             last: attached.then_some(last),
             progress,
             cancel: Cancel::new(cancel.subscribe()),
-            settled: settled.clone(),
         };
         let cancel = Cancel::new(cancel.subscribe());
         drop(tokio::spawn(Arc::clone(self).carry_out(exec, body, sink, cancel)));
-        drop(tokio::task::spawn_blocking(move || {
-            if let Err(error) = unsettled.settle() {
-                super::serve::complain(&format!(
-                    "the entry of command {sequence} is not on the disk: {error}"
-                ));
-            }
-            settle.send_replace(true);
-        }));
-        until_settled(settled).await;
         Ok(Box::pin(ReceiverStream::new(events).chain(ReceiverStream::new(told_last))))
     }
 
-    async fn begin_entry(
-        self: &Arc<Self>,
-        sequence: u64,
-        new: NewEntry,
-    ) -> Result<(Writer, Unsettled), Error> {
+    async fn begin_entry(self: &Arc<Self>, sequence: u64, new: NewEntry) -> Result<Writer, Error> {
         let supervisor = Arc::clone(self);
         self.engine
             .blocking(move || {
@@ -149,8 +133,7 @@ impl Supervisor {
 
     /// Writes the end of a command down, then tells it.
     async fn finish(self: Arc<Self>, sink: Journaled) {
-        let Journaled { mut writer, caller, last, progress, settled, .. } = sink;
-        until_settled(settled).await;
+        let Journaled { mut writer, caller, last, progress, .. } = sink;
         // What is in its queue comes before the last event.
         drop(caller);
         let sequence = writer.entry.sequence;
@@ -234,9 +217,6 @@ impl Supervisor {
             // A task that is stopped has no next command.
             _ = runs.wait_for(|runs| !*runs) => return Ok(()),
         }
-        if let Some(handle) = self.commands.get(sequence) {
-            until_settled(handle.settled).await;
-        }
         drop(caller.send(Ok(Event { kind: Some(event::Kind::Started(sequence)) })).await);
         let mut progress = self.commands.get(sequence).map(|handle| handle.progress);
         loop {
@@ -296,17 +276,10 @@ struct Journaled {
     last: Option<Caller>,
     progress: watch::Sender<Progress>,
     cancel: Cancel,
-    settled: watch::Receiver<bool>,
-}
-
-/// Waits until the entry of a command is on the disk. Whoever brings it there says so in any case.
-async fn until_settled(mut settled: watch::Receiver<bool>) {
-    drop(settled.wait_for(|settled| *settled).await);
 }
 
 impl Sink for Journaled {
     async fn take(&mut self, chunk: Chunk) -> Result<(), Error> {
-        until_settled(self.settled.clone()).await;
         self.writer.append(chunk.stream, &chunk.bytes).map_err(|error| {
             let text = format!("the command was ended, because its output could not be written: {error}");
             Error::new(ErrorKind::HostResources, text)

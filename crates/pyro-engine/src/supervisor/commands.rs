@@ -25,8 +25,6 @@ pub(super) struct Progress {
 pub(super) struct Handle {
     pub(super) progress: watch::Receiver<Progress>,
     pub(super) cancel: watch::Sender<Option<Fault>>,
-    /// True once its entry is on the disk: nobody is told anything of it before.
-    pub(super) settled: watch::Receiver<bool>,
 }
 
 #[derive(Debug, Default)]

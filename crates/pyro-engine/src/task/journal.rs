@@ -6,9 +6,8 @@
 //! commands/000001.stderr
 //! ```
 //!
-//! Only the supervisor writes; anybody may read. An entry is written before its command is sent to the guest, so that no
-//! end of a process can part them, and is on the disk before anybody is told anything of the command, so that no loss of
-//! power can. A name that exists is never written anew: a sequence number is given once. Output that was passed on to
+//! Only the supervisor writes; anybody may read. An entry is durable before its command is sent to the guest, and
+//! a name that exists is never written anew, so that a sequence number is given once. Output that was passed on to
 //! anybody is in the file first.
 
 use std::fs::File;
@@ -90,22 +89,6 @@ pub(crate) struct Journal {
     dir: PathBuf,
 }
 
-/// An entry that is not yet on the disk.
-#[derive(Debug)]
-#[must_use = "nobody may be told of the command before this is done"]
-pub(crate) struct Unsettled {
-    entry: fs_err::File,
-    dir: PathBuf,
-}
-
-impl Unsettled {
-    /// Brings the entry and its name to the disk.
-    pub(crate) fn settle(self) -> io::Result<()> {
-        self.entry.sync_data()?;
-        files::sync_directory(&self.dir)
-    }
-}
-
 /// The part of an entry that is being written.
 #[derive(Debug)]
 pub(crate) struct Writer {
@@ -184,8 +167,8 @@ impl Journal {
         Ok(None)
     }
 
-    /// Gives the next command its number: the entry is there when this returns, and the command may be sent.
-    pub(crate) fn begin(&self, sequence: u64, new: NewEntry) -> io::Result<(Writer, Unsettled)> {
+    /// Gives the next command its number: the entry is on disk when this returns, and the command may be sent.
+    pub(crate) fn begin(&self, sequence: u64, new: NewEntry) -> io::Result<Writer> {
         let create = |stream| {
             let mut options = File::options();
             // Left by a supervisor that died before the entry was there: no command belongs to it.
@@ -215,23 +198,20 @@ impl Journal {
             reason: None,
             request_id: new.request_id,
         };
-        match files::put_unsynced(&self.json(sequence), &bytes_of(&entry)?) {
-            Ok(file) => {
-                let unsettled = Unsettled { entry: file, dir: self.dir.clone() };
-                Ok((Writer { dir: self.dir.clone(), entry, stdout, stderr }, unsettled))
-            }
-            Err(error) => {
-                // The number stays free for the next command, unless another command has it.
-                if error.kind() != io::ErrorKind::AlreadyExists {
-                    let outputs =
-                        [Stream::Stdout, Stream::Stderr].map(|stream| self.output(sequence, stream));
-                    for path in &outputs {
-                        drop(files::remove_if_there(path));
-                    }
+        // Its name too must be on the disk before the command is sent: after a loss of power the number must not be
+        // given again.
+        let written = self.write(&entry, Place::Free).and_then(|()| self.sync());
+        if let Err(error) = written {
+            // The number stays free for the next command, unless another command has it.
+            if error.kind() != io::ErrorKind::AlreadyExists {
+                let outputs = [Stream::Stdout, Stream::Stderr].map(|stream| self.output(sequence, stream));
+                for path in outputs.iter().chain([&self.json(sequence)]) {
+                    drop(files::remove_if_there(path));
                 }
-                Err(error)
             }
+            return Err(error);
         }
+        Ok(Writer { dir: self.dir.clone(), entry, stdout, stderr })
     }
 
     /// What nobody can finish any more: commands that ran when their supervisor or the host went down.
@@ -257,7 +237,7 @@ impl Journal {
             let what =
                 if host_restarted { "the host was restarted" } else { "the task's supervisor was killed" };
             entry.reason = Some(format!("{what} while it ran"));
-            rewrite(&self.dir, &entry)?;
+            self.write(&entry, Place::Taken)?;
         }
         File::create(mark).map(drop)
     }
@@ -313,6 +293,10 @@ impl Journal {
         let mut file = File::open(self.output(sequence, stream))?;
         file.seek(SeekFrom::Start(offset))?;
         Ok(file)
+    }
+
+    fn write(&self, entry: &JournalEntry, place: Place) -> io::Result<()> {
+        write_entry(&self.dir, entry, place)
     }
 
     fn unreadable(&self, sequence: u64, why: &str) -> JournalEntry {
@@ -390,17 +374,13 @@ impl Writer {
                 file.sync_data()?;
             }
         }
-        rewrite(&self.dir, &self.entry)
+        write_entry(&self.dir, &self.entry, Place::Taken)
     }
 }
 
-/// Replaces an entry; its bytes are on the disk when this returns.
-fn rewrite(dir: &Path, entry: &JournalEntry) -> io::Result<()> {
-    files::put(&dir.join(format!("{:06}.json", entry.sequence)), &bytes_of(entry)?, Place::Taken)
-}
-
-fn bytes_of(entry: &JournalEntry) -> io::Result<Vec<u8>> {
-    serde_json::to_vec_pretty(entry).map_err(io::Error::other)
+fn write_entry(dir: &Path, entry: &JournalEntry, place: Place) -> io::Result<()> {
+    let bytes = serde_json::to_vec_pretty(entry).map_err(io::Error::other)?;
+    files::put(&dir.join(format!("{:06}.json", entry.sequence)), &bytes, place)
 }
 
 fn aside(path: &Path) -> PathBuf {
@@ -426,16 +406,10 @@ mod tests {
         }
     }
 
-    fn begun(journal: &Journal, sequence: u64, command: &str) -> Writer {
-        let (writer, unsettled) = journal.begin(sequence, new(command)).expect("begun");
-        unsettled.settle().expect("on the disk");
-        writer
-    }
-
     #[test]
     fn an_entry_is_there_from_its_start_and_its_output_as_it_comes() {
         let (_dir, journal) = journal();
-        let mut writer = begun(&journal, 1, "make");
+        let mut writer = journal.begin(1, new("make")).expect("begun");
         assert_eq!(journal.entry(1).expect("read").expect("there").status, EntryStatus::Running);
         writer.append(Stream::Stdout, b"caf\xc3").expect("written");
         assert_eq!(journal.text(1, Stream::Stdout, 100).expect("read"), ("caf\u{fffd}".to_owned(), false));
@@ -453,7 +427,7 @@ mod tests {
     #[test]
     fn a_number_is_given_once() {
         let (_dir, journal) = journal();
-        begun(&journal, 7, "first");
+        journal.begin(7, new("first")).expect("begun");
         let error = journal.begin(7, new("second")).expect_err("taken");
         assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
         assert_eq!(journal.entry(7).expect("read").expect("there").command, "first");
@@ -463,7 +437,7 @@ mod tests {
     #[test]
     fn output_past_the_limit_is_counted_and_dropped() {
         let (_dir, journal) = journal();
-        let mut writer = begun(&journal, 1, "yes");
+        let mut writer = journal.begin(1, new("yes")).expect("begun");
         let piece = vec![b'y'; 3 << 20];
         for _ in 0..23 {
             writer.append(Stream::Stderr, &piece).expect("written");
@@ -478,7 +452,7 @@ mod tests {
     #[test]
     fn what_ran_when_the_supervisor_died_is_interrupted_with_its_output() {
         let (_dir, journal) = journal();
-        let mut writer = begun(&journal, 1, "sleep");
+        let mut writer = journal.begin(1, new("sleep")).expect("begun");
         writer.append(Stream::Stdout, b"so far").expect("written");
         drop(writer);
         journal.interrupt_all(false).expect("interrupted");
@@ -486,7 +460,7 @@ mod tests {
         assert_eq!((entry.status, entry.stdout_bytes), (EntryStatus::Interrupted, 6));
         assert_eq!(entry.reason.as_deref(), Some("the task's supervisor was killed while it ran"));
         journal.take_over().expect("taken over");
-        begun(&journal, 2, "more");
+        drop(journal.begin(2, new("more")).expect("begun"));
         journal.interrupt_all(true).expect("interrupted");
         assert_eq!(journal.entry(2).expect("read").expect("there").status, EntryStatus::Interrupted);
     }
@@ -494,8 +468,8 @@ mod tests {
     #[test]
     fn a_damaged_entry_is_put_aside_and_keeps_its_number() {
         let (dir, journal) = journal();
-        begun(&journal, 1, "one");
-        begun(&journal, 2, "two");
+        drop(journal.begin(1, new("one")).expect("begun"));
+        drop(journal.begin(2, new("two")).expect("begun"));
         for damage in ["", "{\"sequence\":", "\0\0\0", "{\"sequence\": 9}"] {
             fs_err::write(dir.path().join("000001.json"), damage).expect("written");
             let entry = journal.entry(1).expect("read").expect("told of");
@@ -504,8 +478,7 @@ mod tests {
         }
         assert_eq!(journal.sequences().expect("read"), [1, 2]);
         assert_eq!(journal.entry(2).expect("read").expect("there").command, "two");
-        // The supervisor never asks for it: it goes on after the last.
-        begun(&journal, 1, "again");
+        journal.begin(1, new("again")).expect("the supervisor never asks for it: it goes on after the last");
     }
 
     #[test]
