@@ -4,8 +4,10 @@ set -eu
 cargo build --quiet --release -p pyro-cli
 export PYRO_PROGRAM="$PWD/target/release/pyro"
 variables=$(scripts/environment.sh)
-no_op=$PWD/target/tmp/no-op
-[ -x "$no_op" ] || echo 'int main(void) { return 0; }' | gcc -static -O2 -x c -o "$no_op" -
+programs=$PWD/target/tmp/bench-guest
+mkdir -p "$programs"
+gcc -static -nostdlib -O2 -o "$programs/no-op" crates/pyro-engine/benches/guest/no_op.c
+gcc -static -O2 -o "$programs/spawn" crates/pyro-engine/benches/guest/spawn.c
 if [ "$1" = python ]; then
     wheel=$(scripts/wheel.sh)
     target/venv/bin/pip install --quiet --disable-pip-version-check --force-reinstall "$wheel"
@@ -17,5 +19,5 @@ case $1 in
     *) package=pyro-engine bench=$1 ;;
 esac
 # shellcheck disable=SC2086 # one variable a word
-env $variables PYRO_TEST_PROGRAM="$PYRO_PROGRAM" PYRO_TEST_NO_OP="$no_op" \
+env $variables PYRO_TEST_PROGRAM="$PYRO_PROGRAM" PYRO_TEST_PROGRAMS="$programs" \
     cargo bench --quiet -p "$package" --bench "$bench"

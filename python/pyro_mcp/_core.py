@@ -81,16 +81,17 @@ class Blocking(Client):
 
     def _call(self, text: str, stdin: Union[str, bytes, None] = None, stream: Optional[OnOutput] = None) -> Any:
         running = self._start(text, stdin, stream is not None)
-        while True:
-            kind, payload = running.next()
-            if kind == "result":
-                return json.loads(payload)
-            try:
+        try:
+            while True:
+                kind, payload = running.next()
+                if kind == "result":
+                    return json.loads(payload)
                 if stream is not None:
                     stream(_output(kind, payload))
-            except BaseException:
-                running.abandon()
-                raise
+        except BaseException:
+            # What is not returned was not made.
+            running.abandon()
+            raise
 
     def _stream(self, text: str, stdin: Union[str, bytes, None]) -> Iterator[StreamEvent]:
         running = self._start(text, stdin, True)

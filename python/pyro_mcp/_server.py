@@ -37,10 +37,21 @@ class Server:
         command = self.command
         if transport == "http":
             command += ["--http", listen] if listen else ["--http"]
-        # In a session of its own: of a terminal's signals it hears what is passed on, once.
-        process = subprocess.Popen(command, env={**os.environ, **self.environ}, start_new_session=True)
-        with _passed_on(process):
-            return process.wait()
+        # Even a process that is killed lets go of its end.
+        watched, held = os.pipe()
+        try:
+            # In a session of its own: of a terminal's signals it hears what is passed on, once.
+            process = subprocess.Popen(
+                [*command, "--while-open", str(watched)],
+                env={**os.environ, **self.environ},
+                start_new_session=True,
+                pass_fds=[watched],
+            )
+            with _passed_on(process):
+                return process.wait()
+        finally:
+            os.close(watched)
+            os.close(held)
 
 
 @contextlib.contextmanager

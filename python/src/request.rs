@@ -114,7 +114,31 @@ impl From<Error> for Refusal {
     }
 }
 
-/// Carries a request out; its result as JSON. When `given_up` is cancelled the work is dropped, which ends what it has
+/// The result of a request.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) json: String,
+    pub(crate) made: Option<Made>,
+}
+
+/// What a request has made that lives on after it: gone again where nobody came to know of it.
+#[derive(Debug)]
+pub(crate) enum Made {
+    Vm(String),
+    Task(String),
+}
+
+impl Made {
+    pub(crate) async fn undo(self, engine: &Engine) {
+        // Whatever keeps this from being deleted ends it at its time to live.
+        match self {
+            Self::Vm(id) => drop(engine.delete_vm(&id).await),
+            Self::Task(id) => drop(engine.delete_task(&id).await),
+        }
+    }
+}
+
+/// Carries a request out. When `given_up` is cancelled the work is dropped, which ends what it has
 /// made; a command in a task is cancelled.
 pub(crate) async fn perform(
     engine: Engine,
@@ -122,16 +146,18 @@ pub(crate) async fn perform(
     stdin: Option<Vec<u8>>,
     observer: Observer,
     given_up: CancellationToken,
-) -> Result<String, Refusal> {
+) -> Result<Answer, Refusal> {
     if let Request::ExecTask { task_id, exec } = request {
         let exec = exec.spec(stdin);
         let result = engine.exec_task_unless(&task_id, exec, observer, given_up.cancelled()).await?;
-        return told(&result);
+        return Ok(Answer { json: told(&result)?, made: None });
     }
-    tokio::select! {
-        result = done(engine, request, stdin, observer) => result,
+    let mut made = None;
+    let json = tokio::select! {
+        result = done(engine, request, stdin, observer, &mut made) => result,
         () = given_up.cancelled() => Err(Refusal::GivenUp),
-    }
+    }?;
+    Ok(Answer { json, made })
 }
 
 async fn done(
@@ -139,6 +165,7 @@ async fn done(
     request: Request,
     stdin: Option<Vec<u8>>,
     observer: Observer,
+    made: &mut Option<Made>,
 ) -> Result<String, Refusal> {
     match request {
         Request::ListEnvironments => {
@@ -149,7 +176,11 @@ async fn done(
             blocking(move || Ok(engine.environments().inspect(&environment).map_err(Error::from)?)).await
         }
         Request::PruneEnvironments => blocking(move || Ok(engine.prune()?)).await,
-        Request::CreateVm { machine } => told(&engine.create_vm(machine.spec()?, observer).await?),
+        Request::CreateVm { machine } => {
+            let vm = engine.create_vm(machine.spec()?, observer).await?;
+            *made = Some(Made::Vm(vm.vm_id.clone()));
+            told(&vm)
+        }
         Request::StartVm { vm_id } => told(&engine.start_vm(&vm_id).await?),
         Request::StopVm { vm_id } => told(&engine.stop_vm(&vm_id).await?),
         Request::DeleteVm { vm_id } => told(&engine.delete_vm(&vm_id).await?),
@@ -161,7 +192,11 @@ async fn done(
             told(&engine.run(machine, exec.spec(stdin), observer).await?)
         }
         Request::ReapExpired => blocking(move || Ok(engine.reap_expired())).await,
-        Request::CreateTask { machine } => told(&engine.create_task(machine.spec()?, observer).await?),
+        Request::CreateTask { machine } => {
+            let task = engine.create_task(machine.spec()?, observer).await?;
+            *made = Some(Made::Task(task.task_id.clone()));
+            told(&task)
+        }
         Request::ExecTask { task_id, exec } => {
             told(&engine.exec_task(&task_id, exec.spec(stdin), observer).await?)
         }

@@ -1,6 +1,6 @@
 //! A request that is being carried out: its output as it comes, then its result.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use pyo3::prelude::*;
@@ -9,9 +9,10 @@ use pyro_engine::{Chunk, Engine, Observer, Stream};
 use tokio::runtime::Runtime;
 use tokio::sync::{Mutex, mpsc};
 use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
 
 use crate::exceptions;
-use crate::request::{Refusal, Request, perform};
+use crate::request::{Answer, Made, Refusal, Request, perform};
 use crate::runtime::Owned;
 
 /// Pieces of output that may wait for whoever reads them: then the command waits.
@@ -21,25 +22,63 @@ const SIGNALS: Duration = Duration::from_millis(50);
 
 enum Event {
     Output(Chunk),
-    Done(Result<String, Refusal>),
+    Done(Result<Answer, Refusal>),
 }
 
-type Events = Arc<Mutex<mpsc::Receiver<Event>>>;
+type Events = Mutex<mpsc::Receiver<Event>>;
 
 struct Inner {
     runtime: Arc<Runtime>,
     events: Events,
     given_up: CancellationToken,
-    /// An object that nobody holds any more gives its request up.
-    _guard: DropGuard,
+    engine: Engine,
+    /// What the result that was handed over speaks of: nobody may have come to know of it.
+    made: std::sync::Mutex<Option<Made>>,
+    /// What undoes it.
+    undoing: TaskTracker,
 }
 
 impl Inner {
-    /// Waits until the request has ended. A further signal does not wait.
+    /// Notes what an event tells of, before it is handed over.
+    fn hand_over(&self, event: Option<Event>) -> Option<Event> {
+        event.map(|event| match event {
+            Event::Done(Ok(Answer { json, made })) => {
+                *self.made.lock().unwrap_or_else(PoisonError::into_inner) = made;
+                if self.given_up.is_cancelled() {
+                    self.give_up();
+                }
+                Event::Done(Ok(Answer { json, made: None }))
+            }
+            other => other,
+        })
+    }
+
+    /// Gives the request up; where it has ended already, undoes what it has made.
+    fn give_up(&self) {
+        self.given_up.cancel();
+        if let Some(made) = self.made.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let engine = self.engine.clone();
+            drop(self.undoing.spawn_on(async move { made.undo(&engine).await }, self.runtime.handle()));
+        }
+    }
+
+    /// Waits until the request that was given up has ended, and what it has made is gone. A further signal does not wait.
     fn wait_for_end(&self, py: Python<'_>) -> PyResult<()> {
+        let end = async || {
+            {
+                let mut events = self.events.lock().await;
+                while let Some(event) = events.recv().await {
+                    drop(self.hand_over(Some(event)));
+                }
+            }
+            self.undoing.close();
+            self.undoing.wait().await;
+        };
         // The timer is made where it runs: on the runtime.
-        let wait = async || tokio::time::timeout(SIGNALS, until_done(&self.events)).await;
-        while py.detach(|| self.runtime.block_on(wait())).is_err() {
+        while py
+            .detach(|| self.runtime.block_on(async { tokio::time::timeout(SIGNALS, end()).await }))
+            .is_err()
+        {
             py.check_signals()?;
         }
         Ok(())
@@ -49,7 +88,8 @@ impl Inner {
 /// A request that is being carried out.
 #[pyclass(frozen, module = "pyro_mcp._pyro")]
 pub(crate) struct Running {
-    inner: Owned<Inner>,
+    /// An object that nobody holds any more gives its request up.
+    inner: Owned<(Arc<Inner>, DropGuard)>,
 }
 
 impl Running {
@@ -62,14 +102,21 @@ impl Running {
     ) -> Self {
         let (sender, events) = mpsc::channel(QUEUE);
         let given_up = CancellationToken::new();
-        drop(runtime.spawn(carry_out(engine, request, stdin, output, sender, given_up.clone())));
+        drop(runtime.spawn(carry_out(engine.clone(), request, stdin, output, sender, given_up.clone())));
         let guard = given_up.clone().drop_guard();
-        let inner = Inner { runtime, events: Arc::new(Mutex::new(events)), given_up, _guard: guard };
-        Self { inner: Owned::new(inner) }
+        let inner = Arc::new(Inner {
+            runtime,
+            events: Mutex::new(events),
+            given_up,
+            engine,
+            made: std::sync::Mutex::default(),
+            undoing: TaskTracker::new(),
+        });
+        Self { inner: Owned::new((inner, guard)) }
     }
 
-    fn inner(&self, py: Python<'_>) -> PyResult<&Inner> {
-        self.inner.get().ok_or_else(|| elsewhere(py))
+    fn inner(&self, py: Python<'_>) -> PyResult<&Arc<Inner>> {
+        self.inner.get().map(|(inner, _guard)| inner).ok_or_else(|| elsewhere(py))
     }
 }
 
@@ -82,10 +129,10 @@ impl Running {
         loop {
             let event = py.detach(|| inner.runtime.block_on(soon(&inner.events)));
             match event {
-                Some(event) => return present(py, event),
+                Some(event) => return present(py, inner.hand_over(event)),
                 None => {
                     if let Err(raised) = py.check_signals() {
-                        inner.given_up.cancel();
+                        inner.give_up();
                         inner.wait_for_end(py)?;
                         return Err(raised);
                     }
@@ -96,10 +143,13 @@ impl Running {
 
     /// Has `ready(event, exception)` called, on another thread, with the next event; one of the two is None.
     fn when_ready(&self, py: Python<'_>, ready: Py<PyAny>) -> PyResult<()> {
-        let inner = self.inner(py)?;
-        let events = Arc::clone(&inner.events);
-        drop(inner.runtime.spawn(async move {
-            let event = events.lock().await.recv().await;
+        let inner = Arc::clone(self.inner(py)?);
+        drop(inner.runtime.clone().spawn(async move {
+            let event = {
+                let mut events = inner.events.lock().await;
+                let event = events.recv().await;
+                inner.hand_over(event)
+            };
             // Whoever holds the GIL must not hold these threads up.
             drop(tokio::task::spawn_blocking(move || {
                 // An interpreter that is on its way out hears nothing more.
@@ -116,23 +166,23 @@ impl Running {
         Ok(())
     }
 
-    /// Gives the request up: its command is ended, and what it has made.
+    /// Gives the request up: its command is ended, and what it has made is gone, its result handed over or not.
     fn cancel(&self, py: Python<'_>) -> PyResult<()> {
-        self.inner(py)?.given_up.cancel();
+        self.inner(py)?.give_up();
         Ok(())
     }
 
     /// Gives the request up and waits until it has ended, or until a signal's handler raises.
     fn abandon(&self, py: Python<'_>) -> PyResult<()> {
         let inner = self.inner(py)?;
-        inner.given_up.cancel();
+        inner.give_up();
         inner.wait_for_end(py)
     }
 
     /// Whether nothing is left to come of it.
     fn ended(&self, py: Python<'_>) -> PyResult<bool> {
         let inner = self.inner(py)?;
-        Ok(inner.events.try_lock().is_ok_and(|events| events.is_closed()))
+        Ok(inner.undoing.is_empty() && inner.events.try_lock().is_ok_and(|events| events.is_closed()))
     }
 }
 
@@ -168,15 +218,6 @@ async fn soon(events: &Events) -> Option<Option<Event>> {
     tokio::time::timeout(SIGNALS, async { events.lock().await.recv().await }).await.ok()
 }
 
-async fn until_done(events: &Events) {
-    let mut events = events.lock().await;
-    while let Some(event) = events.recv().await {
-        if let Event::Done(_) = event {
-            return;
-        }
-    }
-}
-
 fn present<'py>(py: Python<'py>, event: Option<Event>) -> PyResult<(&'static str, Bound<'py, PyAny>)> {
     match event {
         Some(Event::Output(chunk)) => {
@@ -186,7 +227,7 @@ fn present<'py>(py: Python<'py>, event: Option<Event>) -> PyResult<(&'static str
             };
             Ok((stream, PyBytes::new(py, &chunk.bytes).into_any()))
         }
-        Some(Event::Done(Ok(json))) => Ok(("result", json.into_pyobject(py)?.into_any())),
+        Some(Event::Done(Ok(answer))) => Ok(("result", answer.json.into_pyobject(py)?.into_any())),
         Some(Event::Done(Err(Refusal::Engine(error)))) => Err(exceptions::exception(py, &error)),
         Some(Event::Done(Err(Refusal::Invalid(message)))) => Err(exceptions::invalid(py, message)),
         Some(Event::Done(Err(Refusal::Host(message)))) => Err(exceptions::host(&message)),

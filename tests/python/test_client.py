@@ -173,6 +173,25 @@ def test_cancelling_a_coroutine_ends_its_command(client, task, pyro):
     wait_until(lambda: len(pyro.vmms()) == 1, "the machine is gone")
 
 
+def test_a_task_whose_maker_is_cancelled_is_gone_also_when_it_was_ready(client):
+    def started():
+        return [task for task in client.list_tasks()["tasks"] if task["state"] == "started"]
+
+    async def main():
+        async with AsyncPyro() as awaited:
+            making = asyncio.ensure_future(awaited.create_task(**SMALL))
+            await asyncio.sleep(0)
+            # The loop does not run: that the task is ready has come to nobody who awaits it.
+            wait_until(started, "the task is ready")
+            time.sleep(1)
+            assert making.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await making
+
+    asyncio.run(main())
+    assert not client.list_tasks()["tasks"]
+
+
 def script(text, **options):
     return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, **options)
 
@@ -267,6 +286,15 @@ def test_the_server_of_a_client_and_of_the_package(client):
     assert child.wait(timeout=PATIENCE) == 0
     with pytest.raises(ValueError, match="profile"):
         pyro_mcp.create_server(profile="nope")
+
+
+def test_the_server_of_a_process_that_is_killed_ends(environment):
+    program = "import pyro_mcp; pyro_mcp.create_server().run('http', listen='127.0.0.1:0')"
+    child = script(program, stderr=subprocess.PIPE)
+    assert "serving MCP at http://127.0.0.1:" in child.stderr.readline()
+    child.kill()
+    # The server holds the other end.
+    child.communicate(timeout=PATIENCE)
 
 
 def test_a_closed_client_says_so():

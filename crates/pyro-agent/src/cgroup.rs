@@ -1,15 +1,13 @@
 //! Control groups: what keeps a fork bomb or a memory hog from taking the agent with it.
 //!
 //! `/cgroup/guest` holds all commands together and leaves a share of the memory and of the process numbers to
-//! the agent; below it each command has a group of its own, by which all of its processes are killed at once. To make
-//! a group and to remove it takes longer than a short command does, so one that is empty again serves the next.
+//! the agent; below it each command has a group of its own, by which all of its processes are killed at once.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,36 +23,24 @@ const RESERVE: u64 = 64 << 20;
 /// How long killed commands may take to be gone.
 const ENDED_WITHIN: Duration = Duration::from_secs(5);
 
-/// Empty groups that are kept.
-const READY: usize = 4;
-
 /// The group of all commands.
 #[derive(Debug)]
 pub(crate) struct GuestCgroup {
-    next: AtomicU64,
-    /// Groups that are ready for the next commands.
-    ready: Mutex<Vec<Arc<Group>>>,
-    /// Groups of commands that have ended; processes in the background may be in them.
-    left: Arc<Mutex<Vec<Arc<Group>>>>,
+    /// A group that is ready for the next command: to make one takes as long as to start a short program.
+    spare: Mutex<Option<ExecCgroup>>,
+    /// Groups of commands that have ended and left processes in the background.
+    left: Arc<Mutex<Vec<PathBuf>>>,
 }
 
-/// The group of one command; once dropped it is another's, as soon as it is empty.
+/// The group of one command.
 #[derive(Debug)]
 pub(crate) struct ExecCgroup {
-    group: Arc<Group>,
-    left: Arc<Mutex<Vec<Arc<Group>>>>,
-}
-
-#[derive(Debug)]
-struct Group {
     path: PathBuf,
     /// Its directory, by which a child begins in the group.
     directory: File,
-    /// `cgroup.events` and `memory.events`, open because finding a file takes longer than reading it.
+    /// `cgroup.events`, open because finding a file takes longer than reading it.
     events: File,
-    memory: File,
-    /// How many processes the kernel had killed for want of memory before the present command.
-    oom_kills_before: AtomicU64,
+    left: Arc<Mutex<Vec<PathBuf>>>,
 }
 
 impl GuestCgroup {
@@ -69,7 +55,7 @@ impl GuestCgroup {
         set(&format!("{guest}/memory.max"), &memory.saturating_sub(RESERVE).max(64 << 20).to_string())?;
         // A process costs the kernel some 100 KiB at least; the memory limit decides where this is generous.
         set(&format!("{guest}/pids.max"), &(memory >> 19).clamp(512, 16_384).to_string())?;
-        Ok(Self { next: AtomicU64::new(0), ready: Mutex::default(), left: Arc::default() })
+        Ok(Self { spare: Mutex::default(), left: Arc::default() })
     }
 
     /// Makes the control group namespace of commands, whose root is their common group; `within` runs in it.
@@ -89,41 +75,32 @@ impl GuestCgroup {
 
     /// A fresh group for one command.
     pub(crate) fn exec(&self) -> io::Result<ExecCgroup> {
-        Group::new(self.next.fetch_add(1, Ordering::Relaxed)).map(|group| self.lend(Arc::new(group)))
+        // A name that the guest cannot have made a group of, and set limits to, beforehand; it is no secret, and not waited for.
+        let mut name = [0; 8];
+        rustix::rand::getrandom(&mut name, rustix::rand::GetRandomFlags::INSECURE)?;
+        let path = PathBuf::from(format!("{MOUNT}/guest/{:016x}", u64::from_ne_bytes(name)));
+        rustix::fs::mkdir(&path, rustix::fs::Mode::from_raw_mode(0o755))?;
+        let (directory, events) = (File::open(&path)?, File::open(path.join("cgroup.events"))?);
+        Ok(ExecCgroup { path, directory, events, left: Arc::clone(&self.left) })
     }
 
-    /// A group that is ready, if there is one. A guest may have removed it.
-    pub(crate) fn take_ready(&self) -> Option<ExecCgroup> {
-        let ready = lock(&self.ready).pop().or_else(|| {
-            // That of the command before this one, where nobody had time to look at it.
-            let mut left = lock(&self.left);
-            left.last().is_some_and(|group| group.is_free()).then(|| left.pop())?
-        });
-        ready.map(|group| self.lend(group))
+    /// The group that was made ready, if there is one that a command can run in. A guest may have removed it.
+    pub(crate) fn take_spare(&self) -> Option<ExecCgroup> {
+        self.spare().take().filter(ExecCgroup::is_fit)
     }
 
-    /// What can be done while nobody waits: sees which groups are empty again, and that one is ready.
+    /// What can be done while nobody waits: makes a group ready, and removes those of commands that have ended.
     pub(crate) fn tidy(&self) {
-        let left = std::mem::take(&mut *lock(&self.left));
-        let mut ready = lock(&self.ready);
-        for group in left {
-            if !group.is_free() {
-                lock(&self.left).push(group);
-            } else if ready.len() < READY {
-                ready.push(group);
-            } else {
-                // One that cannot be removed is empty, and stays as such.
-                drop(std::fs::remove_dir(&group.path));
-            }
-        }
-        if ready.is_empty() {
+        if self.spare().is_none() {
             // Without one, the next command makes its own.
-            ready.extend(Group::new(self.next.fetch_add(1, Ordering::Relaxed)).map(Arc::new));
+            let spare = self.exec().ok();
+            *self.spare() = spare;
         }
+        self.forget_left();
     }
 
-    fn lend(&self, group: Arc<Group>) -> ExecCgroup {
-        ExecCgroup { group, left: Arc::clone(&self.left) }
+    fn spare(&self) -> MutexGuard<'_, Option<ExecCgroup>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Kills every process of every command.
@@ -138,53 +115,44 @@ impl GuestCgroup {
         self.tidy();
         Ok(())
     }
-}
 
-impl Group {
-    fn new(number: u64) -> io::Result<Self> {
-        let path = PathBuf::from(format!("{MOUNT}/guest/{number}"));
-        make(&path.to_string_lossy())?;
-        let open = |name| File::open(path.join(name));
-        let (events, memory) = (open("cgroup.events")?, open("memory.events")?);
-        Ok(Self { directory: File::open(&path)?, events, memory, oom_kills_before: AtomicU64::new(0), path })
-    }
-
-    /// Whether no process is in it and one could run there; if so, it is as good as new.
-    fn is_free(&self) -> bool {
-        let is_free = read_short(&self.events)
-            .is_ok_and(|text| ["populated 0", "frozen 0"].iter().all(|word| text.lines().any(|line| line == *word)));
-        if is_free {
-            self.oom_kills_before.store(self.oom_kills(), Ordering::Relaxed);
-        }
-        is_free
-    }
-
-    /// How many of its processes the kernel has ever killed for want of memory.
-    fn oom_kills(&self) -> u64 {
-        let count = |text: String| text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.parse().ok();
-        read_short(&self.memory).ok().and_then(count).unwrap_or(0)
+    /// Removes the groups of earlier commands that are empty by now.
+    fn forget_left(&self) {
+        // The kernel refuses to remove a group that still holds a process; one that is gone was removed by the guest.
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        left.retain(|path| rustix::fs::rmdir(path) == Err(rustix::io::Errno::BUSY));
     }
 }
 
 impl ExecCgroup {
     /// The directory, by which a child begins in the group.
     pub(crate) fn directory(&self) -> BorrowedFd<'_> {
-        self.group.directory.as_fd()
+        self.directory.as_fd()
+    }
+
+    /// Whether a process could run in it: in a frozen group it would not get as far as its program, and the agent waits for
+    /// that.
+    fn is_fit(&self) -> bool {
+        let mut bytes = [0; 128];
+        let length = self.events.read_at(&mut bytes, 0).unwrap_or(0);
+        bytes[..length].split(|byte| *byte == b'\n').any(|line| line == b"frozen 0")
     }
 
     /// Kills every process of the command, whatever session it has moved to.
     pub(crate) fn kill(&self) {
-        drop(set(&self.group.path.join("cgroup.kill").to_string_lossy(), "1"));
+        drop(set(&self.path.join("cgroup.kill").to_string_lossy(), "1"));
     }
 
     /// Waits until no process of the command is left.
     pub(crate) async fn emptied(&self) -> io::Result<()> {
-        emptied(self.group.path.clone()).await
+        emptied(self.path.clone()).await
     }
 
     /// How many processes of the command the kernel has killed for want of memory.
     pub(crate) fn oom_kills(&self) -> u64 {
-        self.group.oom_kills().saturating_sub(self.group.oom_kills_before.load(Ordering::Relaxed))
+        let events = File::open(self.path.join("memory.events")).and_then(io::read_to_string);
+        let count = |text: &str| text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.parse().ok();
+        events.ok().as_deref().and_then(count).unwrap_or(0)
     }
 }
 
@@ -192,19 +160,8 @@ impl Drop for ExecCgroup {
     fn drop(&mut self) {
         // Where a process that the command left in the background still lives, the group stays with it; and nobody
         // should have to wait for its end.
-        lock(&self.left).push(Arc::clone(&self.group));
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.path));
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A short file of the kernel's from its beginning.
-fn read_short(file: &File) -> io::Result<String> {
-    let mut bytes = [0; 512];
-    let length = file.read_at(&mut bytes, 0)?;
-    Ok(String::from_utf8_lossy(&bytes[..length]).into_owned())
 }
 
 /// Waits until no process is left in a group, nor below it.

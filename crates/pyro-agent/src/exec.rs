@@ -130,7 +130,10 @@ impl Running {
         let (stdin_end, stdin) = stdin.unzip();
         let (stdout, stdout_end) = pipe_pair().map_err(other)?;
         let (stderr, stderr_end) = pipe_pair().map_err(other)?;
-        let stdin = stdin.map(|end| own_end(end, pipe::Sender::from_owned_fd_unchecked)).transpose().map_err(other)?;
+        let stdin = stdin
+            .map(|end| own_end(end, pipe::Sender::from_owned_fd_unchecked))
+            .transpose()
+            .map_err(other)?;
         let stdout = own_end(stdout, pipe::Receiver::from_owned_fd_unchecked).map_err(other)?;
         let stderr = own_end(stderr, pipe::Receiver::from_owned_fd_unchecked).map_err(other)?;
         let began = Instant::now();
@@ -151,8 +154,8 @@ impl Running {
                 mount_namespace: guest.namespace.as_fd(),
             })
         };
-        let mut cgroup = match guest.cgroup.take_ready() {
-            Some(ready) => ready,
+        let mut cgroup = match guest.cgroup.take_spare() {
+            Some(spare) => spare,
             None => guest.cgroup.exec().map_err(other)?,
         };
         let mut launched = launch_in(&cgroup);

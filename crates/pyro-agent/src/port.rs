@@ -55,7 +55,10 @@ pub(crate) fn open() -> io::Result<(FromHost, ToHost)> {
     let (received, incoming) = mpsc::channel(QUEUE);
     let (outgoing, to_send) = mpsc::channel(QUEUE);
     std::thread::Builder::new().stack_size(64 << 10).spawn(move || read_all(reader, &received)).map(drop)?;
-    std::thread::Builder::new().stack_size(64 << 10).spawn(move || write_all(writer, to_send, &written)).map(drop)?;
+    std::thread::Builder::new()
+        .stack_size(64 << 10)
+        .spawn(move || write_all(writer, to_send, &written))
+        .map(drop)?;
     let sink = PollSender::new(outgoing).sink_map_err(|_closed| io::Error::from(io::ErrorKind::BrokenPipe));
     let to_host = Writer { port, queue: SinkWriter::new(CopyToBytes::new(sink)), queued };
     Ok((StreamReader::new(ReceiverStream::new(incoming)), Box::pin(to_host)))
@@ -99,7 +102,7 @@ impl<W: AsyncWrite + Unpin> AsyncWrite for Writer<W> {
 }
 
 /// Whether a write would not block: a host is there and has taken what was written before. Nobody else writes, so it stays
-/// true until this does.
+/// true until this does, or until the host goes away, without whom there is nothing to do.
 fn takes_more(port: &File) -> bool {
     let mut polled = [PollFd::new(port, PollFlags::OUT)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };

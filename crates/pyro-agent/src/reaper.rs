@@ -33,9 +33,10 @@ impl Reaper {
         let ends = unsafe { AsyncFd::register(ends) }?;
         let waiting = Arc::clone(&reaper.waiting);
         drop(tokio::spawn(async move {
-            // An end is told once, however many children have ended by then.
+            // An end is told once, however many children have ended by then; and once more where the guest sends the
+            // signal to this thread alone. What is left behind would keep the next from being told.
             while let Ok(mut ready) = ends.readable().await {
-                drop(ends.get_ref().read(&mut [0; size_of::<libc::signalfd_siginfo>()]));
+                drop(ends.get_ref().read(&mut [0; 2 * size_of::<libc::signalfd_siginfo>()]));
                 ready.clear_ready();
                 reap_all(&waiting);
             }

@@ -20,6 +20,7 @@ use support::{bare_qemu, machine, median, memory, millis, processes, variable};
 
 const ROUNDS: usize = 15;
 const COMMANDS: usize = 200;
+const SPAWN_EVERY: usize = 10;
 const ENTRIES: u64 = 10_000;
 const STREAM_BYTES: usize = 256 << 20;
 const REST: Duration = Duration::from_secs(10);
@@ -68,17 +69,27 @@ async fn tasks(engine: &Engine, config: &EngineConfig) {
     exec(engine, &id, &["true"]).await;
     println!("task: create to the end of its first command {:8.1} ms", millis(began.elapsed()));
 
-    // A program without a library, so that what is timed is the way to it and back.
-    let no_op = fs_err::read(variable("PYRO_TEST_NO_OP")).expect("a program");
-    let mut install = ExecSpec::new(Command::Shell("cat > /no-op && chmod +x /no-op".to_owned()));
-    install.stdin = Some(Box::new(std::io::Cursor::new(no_op)));
-    engine.exec_task(&id, install, Observer::none()).await.expect("installed");
+    for name in ["no-op", "spawn"] {
+        let program = fs_err::read(variable("PYRO_TEST_PROGRAMS").join(name)).expect("a program");
+        let mut install = ExecSpec::new(Command::Shell(format!("cat > /{name} && chmod +x /{name}")));
+        install.stdin = Some(Box::new(std::io::Cursor::new(program)));
+        engine.exec_task(&id, install, Observer::none()).await.expect("installed");
+    }
     let program = config.supervisor.as_deref().expect("set above");
-    let (mut library, mut command) = (Vec::new(), Vec::new());
-    for _ in 0..COMMANDS {
+    let (mut library, mut with_c, mut command) = (Vec::new(), Vec::new(), Vec::new());
+    // What the guest itself needs to start these programs and to see their ends, without anybody outside.
+    let (mut guest, mut guest_with_c) = (Vec::new(), Vec::new());
+    for round in 0..COMMANDS {
         let began = Instant::now();
         exec(engine, &id, &["/no-op"]).await;
         library.push(began.elapsed());
+        let began = Instant::now();
+        exec(engine, &id, &["/spawn"]).await;
+        with_c.push(began.elapsed());
+        if round % SPAWN_EVERY == 0 {
+            guest.push(spawn(engine, &id, "/no-op").await);
+            guest_with_c.push(spawn(engine, &id, "/spawn").await);
+        }
         let began = Instant::now();
         let mut spawn = Spawn::new(program, Path::new("/"));
         spawn.args(["task", "exec", &id, "--", "/no-op"]).env("HOME", "/").env("PATH", &config.tool_path);
@@ -86,8 +97,18 @@ async fn tasks(engine: &Engine, config: &EngineConfig) {
         assert!(pyro_process::output(spawn).expect("it runs").status.success());
         command.push(began.elapsed());
     }
-    println!("exec of a static no-op: through the library   {:7.2} ms", millis(median(library)));
-    println!("exec of a static no-op: through the command   {:7.2} ms", millis(median(command)));
+    for (program, library, guest) in
+        [("a static no-op", library, guest), ("the same with a C library", with_c, guest_with_c)]
+    {
+        let (least, library) = (library.iter().min().copied().unwrap_or_default(), median(library));
+        println!(
+            "exec of {program:26} through the library {:7.2} ms   least {:.2}; the guest alone {:.2}",
+            millis(library),
+            millis(least),
+            millis(median(guest))
+        );
+    }
+    println!("exec of a static no-op             through the command {:7.2} ms", millis(median(command)));
 
     let began = Instant::now();
     let size = STREAM_BYTES.to_string();
@@ -145,6 +166,12 @@ async fn exec(engine: &Engine, id: &str, words: &[&str]) -> pyro_engine::ExecRes
     let result = engine.exec_task(id, spec, Observer::none()).await.expect("it runs");
     assert_eq!(result.exit_code, 0, "{result:?}");
     result
+}
+
+/// How long one start and end of a program takes within the guest.
+async fn spawn(engine: &Engine, id: &str, program: &str) -> Duration {
+    let result = exec(engine, id, &["/spawn", "20", program]).await;
+    Duration::from_secs_f64(result.stdout.trim().parse::<f64>().expect("milliseconds") / 1e3)
 }
 
 async fn boot_bare(qemu: &Qemu, dir: &Path) -> Duration {

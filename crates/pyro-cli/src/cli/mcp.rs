@@ -37,6 +37,9 @@ pub(crate) struct McpServeArgs {
     /// With --http: print the address and the token as one JSON object on stdout
     #[arg(long, requires = "http")]
     pub(crate) json: bool,
+    /// Serve only while the other end of this pipe is open: whoever started the server may be killed
+    #[arg(long, value_name = "FD", hide = true)]
+    pub(crate) while_open: Option<u32>,
 }
 
 #[derive(Debug, Args)]

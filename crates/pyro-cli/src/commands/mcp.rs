@@ -7,6 +7,8 @@ use std::sync::Arc;
 use etcetera::BaseStrategy;
 use pyro_mcp::{HttpOptions, InstallError, Installation, Profile, Server};
 use serde_json::json;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -39,11 +41,15 @@ async fn serve(args: McpServeArgs, printer: &Printer, mut interrupt: Interrupt) 
     config.spare = true;
     start_log(args.log_file.as_deref())?;
     let server = Server::new(config, args.profile);
+    let owner = args.while_open.map(owner).transpose()?;
     let stop = CancellationToken::new();
     let stopped = tokio::spawn({
         let stop = stop.clone();
         async move {
-            let told = interrupt.wait_for(Option::is_some).await.ok().and_then(|code| *code);
+            let told = tokio::select! {
+                told = interrupt.wait_for(Option::is_some) => told.ok().and_then(|code| *code),
+                () = gone(owner) => None,
+            };
             stop.cancel();
             told
         }
@@ -71,6 +77,18 @@ async fn serve(args: McpServeArgs, printer: &Printer, mut interrupt: Interrupt) 
     // The signal, where there was one, decides the exit code.
     let told = if stopped.is_finished() { stopped.await.ok().flatten() } else { None };
     Ok(told.map_or(ExitCode::SUCCESS, ExitCode::from))
+}
+
+/// The pipe whose other end somebody holds as long as the server is wanted.
+fn owner(descriptor: u32) -> Result<pipe::Receiver, Failure> {
+    let opened = pipe::OpenOptions::new().open_receiver(format!("/proc/self/fd/{descriptor}"));
+    opened.map_err(|error| Failure::host(&format!("--while-open {descriptor}"), &error))
+}
+
+/// Waits until nobody holds the other end; for ever where there is none.
+async fn gone(owner: Option<pipe::Receiver>) {
+    let Some(mut owner) = owner else { return std::future::pending().await };
+    while matches!(owner.read_u8().await, Ok(_byte)) {}
 }
 
 /// Where and how to listen, and whether the token was made here.

@@ -13,7 +13,8 @@ pub(super) fn qemu() -> Result<Driver, String> {
 pub(super) fn firecracker() -> Result<(&'static str, Driver), String> {
     // A helper machine's KVM works, but is emulated: on a busy host a probe of it may take longer than one lasts.
     let attempts = if std::env::var_os("PYRO_TEST_KVM").is_some() { 10 } else { 1 };
-    let driver = (1..attempts).find_map(|_| driver("firecracker").ok()).map_or_else(|| driver("firecracker"), Ok);
+    let driver =
+        (1..attempts).find_map(|_| driver("firecracker").ok()).map_or_else(|| driver("firecracker"), Ok);
     let driver = driver.map_err(|why| format!("{why}; `make test-firecracker` brings one"))?;
     let Driver::Firecracker(firecracker) = &driver else { return Err("it is another VMM".to_owned()) };
     let name = match firecracker.config().confine {

@@ -146,8 +146,11 @@ impl Service for Calls {
         if start.stdin {
             exec.stdin = Some(Box::new(StreamReader::new(stdin(inputs))));
         }
-        let begun = self.0.exec(exec, start.request_id, start.attached).await;
-        begun.map(Response::new).map_err(|error| to_status(&error))
+        let supervisor = Arc::clone(&self.0);
+        // A number that is being given is given, or the next command would ask for the same.
+        on_its_own(async move { supervisor.exec(exec, start.request_id, start.attached).await })
+            .await
+            .map(Response::new)
     }
 
     async fn follow(&self, request: Request<FollowRequest>) -> Result<Response<Events>, Status> {
@@ -162,29 +165,32 @@ impl Service for Calls {
 
     async fn start(&self, request: Request<StartRequest>) -> Result<Response<Done>, Status> {
         let (supervisor, cap) = (Arc::clone(&self.0), request.into_inner().cap);
-        on_its_own(async move { supervisor.start(cap).await }).await
+        on_its_own(async move { supervisor.start(cap).await }).await.map(done)
     }
 
     async fn stop(&self, _: Request<StopRequest>) -> Result<Response<Done>, Status> {
         let supervisor = Arc::clone(&self.0);
-        on_its_own(async move { supervisor.stop(None).await }).await
+        on_its_own(async move { supervisor.stop(None).await }).await.map(done)
     }
 
     async fn delete(&self, _: Request<DeleteRequest>) -> Result<Response<Done>, Status> {
         let supervisor = Arc::clone(&self.0);
-        on_its_own(async move { supervisor.remove(Fault::Cancelled, false).await }).await
+        on_its_own(async move { supervisor.remove(Fault::Cancelled, false).await }).await.map(done)
     }
 }
 
 /// Brings a change to its end also when its caller goes away in the middle.
-async fn on_its_own(
-    change: impl Future<Output = Result<(), crate::Error>> + Send + 'static,
-) -> Result<Response<Done>, Status> {
+async fn on_its_own<T: Send + 'static>(
+    change: impl Future<Output = Result<T, crate::Error>> + Send + 'static,
+) -> Result<T, Status> {
     match tokio::spawn(change).await {
-        Ok(Ok(())) => Ok(Response::new(Done {})),
-        Ok(Err(error)) => Err(to_status(&error)),
+        Ok(changed) => changed.map_err(|error| to_status(&error)),
         Err(panic) => Err(Status::internal(panic.to_string())),
     }
+}
+
+fn done((): ()) -> Response<Done> {
+    Response::new(Done {})
 }
 
 /// The bytes of a caller's stdin; it ends when the caller says so, or goes away.

@@ -239,6 +239,7 @@ impl Journal {
             entry.reason = Some(format!("{what} while it ran"));
             self.write(&entry, Place::Taken)?;
         }
+        self.sync()?;
         File::create(mark).map(drop)
     }
 

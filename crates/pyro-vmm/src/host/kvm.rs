@@ -1,8 +1,8 @@
 //! Whether KVM works, as opposed to whether `/dev/kvm` exists.
 //!
 //! Inside some virtual machines the device exists and guests run a thousand times too slowly to boot. So a
-//! guest is run: one million turns of a loop of two instructions, for 5 ms at most. A processor does that in
-//! half a millisecond.
+//! guest is run: one million turns of a loop of two instructions, for 5 ms at most, longer where it has not
+//! begun by then. A processor does that in half a millisecond.
 //!
 //! The virtual processor runs on a thread of its own, and no signal handler is installed: the thread blocks
 //! one real-time signal, KVM unblocks it while the guest runs (`KVM_SET_SIGNAL_MASK`), and a signal to that
