@@ -4,6 +4,7 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use rustix::fs::{CWD, Mode, OFlags};
@@ -128,10 +129,15 @@ fn prepare_identity() {
     }
     for file in ["hostname", "machine-id", "hosts"] {
         // What the image has as anything but a plain file stays as it is.
-        let plain = rustix::fs::lstat(format!("/base/etc/{file}"))
-            .is_ok_and(|found| rustix::fs::FileType::from_raw_mode(found.st_mode).is_file());
-        if plain {
-            drop(std::fs::copy(format!("/base/etc/{file}"), format!("{upper}/{file}")));
+        let source = format!("/base/etc/{file}");
+        let Ok(found) = rustix::fs::lstat(&source) else { continue };
+        if rustix::fs::FileType::from_raw_mode(found.st_mode).is_file() {
+            // Read and written: a copy would take ways through the kernel that nothing else here takes.
+            let mut options = File::options();
+            options.write(true).create_new(true).mode(found.st_mode & 0o777);
+            let copied = std::fs::read(&source)
+                .and_then(|text| io::Write::write_all(&mut options.open(format!("{upper}/{file}"))?, &text));
+            drop(copied);
         }
     }
 }
