@@ -135,8 +135,10 @@ fn prepare_identity() {
             // Read and written: a copy would take ways through the kernel that nothing else here takes.
             let mut options = File::options();
             options.write(true).create_new(true).mode(found.st_mode & 0o777);
-            let copied = std::fs::read(&source)
-                .and_then(|text| io::Write::write_all(&mut options.open(format!("{upper}/{file}"))?, &text));
+            let copied = File::open(&source).and_then(io::read_to_string).and_then(|text| {
+                let mut copy = options.open(format!("{upper}/{file}"))?;
+                io::Write::write_all(&mut copy, text.as_bytes())
+            });
             drop(copied);
         }
     }

@@ -145,7 +145,7 @@ impl Running {
                 cwd: &command.cwd,
                 files: COMMAND_FILES,
                 stdio: [
-                    stdin_end.as_ref().map_or(guest.null.as_fd(), OwnedFd::as_fd),
+                    stdin_end.as_ref().map_or_else(|| guest.null.as_fd(), OwnedFd::as_fd),
                     stdout_end.as_fd(),
                     stderr_end.as_fd(),
                 ],
