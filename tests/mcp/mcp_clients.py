@@ -55,9 +55,9 @@ class HttpServer:
                     await session.initialize()
                     yield session
 
-    def post(self, body, **headers):
+    def post(self, body, patience=PATIENCE, **headers):
         accept = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
-        return httpx.post(self.url, content=body, headers={**accept, **headers}, timeout=PATIENCE)
+        return httpx.post(self.url, content=body, headers={**accept, **headers}, timeout=patience)
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)

@@ -116,6 +116,33 @@ def test_only_who_has_the_token_and_comes_from_here_is_heard(http):
     assert http.stop() == 143
 
 
+def test_without_sessions_a_client_cancels_by_closing_its_stream(http, pyro):
+    def ask(name, patience=PATIENCE, **arguments):
+        about = {
+            "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+            "io.modelcontextprotocol/clientInfo": {"name": "stateless", "version": "1"},
+            "io.modelcontextprotocol/clientCapabilities": {},
+        }
+        params = {"name": name, "arguments": arguments, "_meta": about}
+        request = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
+        of_version = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call", "Mcp-Name": name}
+        answer = http.post(json.dumps(request), patience, **http.headers, **of_version)
+        lines = [line[5:] for line in answer.text.splitlines() if line.startswith("data:") and line[5:].strip()]
+        return json.loads(lines[-1] if lines else answer.text)["result"]["structuredContent"]
+
+    task = ask("task_create", **SMALL)["task_id"]
+    assert ask("task_exec", task_id=task, command="echo heard")["stdout"] == "heard\n"
+    with pytest.raises(httpx.ReadTimeout):
+        ask("task_exec", 3, task_id=task, command="sleep 100", timeout_seconds=100)
+
+    def entry():
+        return pyro.json("task", "logs", task)["entries"][1]
+
+    wait_until(lambda: entry()["status"] != "running", "the command has ended")
+    assert entry()["fault"] == "cancelled"
+    assert http.stop() == 143
+
+
 @pytest.mark.anyio
 async def test_two_clients_share_a_server_and_see_the_same_machines(http, pyro):
     async with http.connect() as one, http.connect() as other:

@@ -4,8 +4,9 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use axum::http::request::Parts;
 use rmcp::RoleServer;
-use rmcp::model::{ProgressToken, RequestId};
+use rmcp::model::{ProgressToken, ProtocolVersion, RequestId};
 use rmcp::service::{Peer, RequestContext};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -14,6 +15,8 @@ use crate::failure::Failure;
 
 /// How long after a call was given up its client may be heard to have cancelled it: the one comes right after the other.
 const MARK: Duration = Duration::from_secs(1);
+/// How long after a stream was closed the server may be heard to end: that closes them all.
+const END: Duration = Duration::from_millis(50);
 
 /// The calls that one client has cancelled by name.
 #[derive(Debug, Default)]
@@ -51,6 +54,12 @@ impl Cancelled {
     }
 }
 
+/// Whether a request is of a version of the protocol that has no sessions over HTTP. Versions are dates.
+fn closing_cancels(request: &Parts) -> bool {
+    let version = request.headers.get("mcp-protocol-version").and_then(|version| version.to_str().ok());
+    version.is_some_and(|version| version >= ProtocolVersion::NO_INITIALIZE.as_str())
+}
+
 /// What a tool knows of its caller.
 pub(crate) struct Call {
     pub(crate) peer: Peer<RoleServer>,
@@ -60,6 +69,8 @@ pub(crate) struct Call {
     /// Cancelled when the client has cancelled the call, and when it is gone, which does not mean that it has changed its
     /// mind.
     given_up: CancellationToken,
+    /// Over HTTP without sessions a client cancels by closing the stream of its answer, and says nothing more.
+    closing_cancels: bool,
     cancelled: Arc<Cancelled>,
     /// Cancelled when the server is on its way out.
     ending: CancellationToken,
@@ -72,7 +83,9 @@ impl Call {
         ending: CancellationToken,
     ) -> Self {
         let progress = context.meta.get_progress_token();
-        Self { progress, peer: context.peer, id: context.id, given_up: context.ct, cancelled, ending }
+        let closing_cancels = context.extensions.get::<Parts>().is_some_and(closing_cancels);
+        let (peer, id, given_up) = (context.peer, context.id, context.ct);
+        Self { peer, progress, id, given_up, closing_cancels, cancelled, ending }
     }
 
     /// Does the work, and drops it when the call is given up: what it had made ends with it.
@@ -93,7 +106,12 @@ impl Call {
     /// Resolves when the client changes its mind about this call, and not when it goes away.
     pub(crate) async fn cancelled(&self) {
         self.given_up.cancelled().await;
-        if tokio::time::timeout(MARK, self.cancelled.hear(&self.id)).await.is_err() {
+        let has_changed_its_mind = if self.closing_cancels {
+            tokio::time::timeout(END, self.ending.cancelled()).await.is_err()
+        } else {
+            tokio::time::timeout(MARK, self.cancelled.hear(&self.id)).await.is_ok()
+        };
+        if !has_changed_its_mind {
             std::future::pending().await
         }
     }
@@ -104,7 +122,7 @@ impl Call {
         let gone = async {
             self.given_up.cancelled().await;
             tokio::time::sleep(MARK).await;
-            if self.cancelled.heard(&self.id) {
+            if self.closing_cancels || self.cancelled.heard(&self.id) {
                 std::future::pending().await
             }
         };
