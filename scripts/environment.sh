@@ -5,9 +5,10 @@ set -eu
 cache=$PWD/target/tmp/environments
 export PYRO_ENVIRONMENT_CACHE_DIR="$cache" PYRO_STATE_DIR="$PWD/target/tmp/state"
 pyro=$(scripts/program.sh)
+# What an agent builds programs in: beside the other, as dpkg keeps one processor busy.
+"$pyro" env pull debian:12-build --json > /dev/null &
 pulled=$("$pyro" env pull debian:12 --json)
-# What an agent builds programs in.
-"$pyro" env pull debian:12-build --json > /dev/null
+wait $!
 of() { echo "$pulled" | sed -n "s/^ *\"$1\": \"\(.*\)\",*$/\1/p"; }
 kernel=$(of kernel_image)
 bare=$PWD/target/tmp/bare-guest.cpio

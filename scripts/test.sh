@@ -2,10 +2,12 @@
 # Runs every test with real machines, then tells what was skipped, by name.
 set -eu
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+trap 'rm -f "$log" "$log.clients"' EXIT
 # Each on its own: of several in one assignment only the last could fail.
+scripts/clients.sh > "$log.clients" &
 environment=$(scripts/environment.sh)
-clients=$(scripts/clients.sh)
+wait $!
+clients=$(cat "$log.clients")
 variables="$environment $clients PYRO_CHAOS_SECONDS=${PYRO_CHAOS_SECONDS:-60}"
 status=0
 # shellcheck disable=SC2086 # one variable a word
