@@ -112,11 +112,13 @@ def test_ctrl_c_ends_what_the_call_has_begun(client, task, pyro):
     journal = pyro.state / "tasks" / task / "commands" / "000001.stdout"
     interrupt_when(lambda: journal.exists() and journal.read_text() == "began\n")
     with pytest.raises(KeyboardInterrupt):
-        client.exec_task(task, command="echo began; sleep 100")
+        told = client.exec_task(task, command="echo began; sleep 100")
+        pytest.fail(f"it returned {told}; SIGINT goes to {signal.getsignal(signal.SIGINT)}")
     assert client.logs_task(task)["entries"][0]["fault"] == "cancelled"
     interrupt_when(lambda: len(pyro.vmms()) == 2)
     with pytest.raises(KeyboardInterrupt):
-        client.run_in_vm(**SMALL, command="sleep 100", timeout_seconds=200)
+        told = client.run_in_vm(**SMALL, command="sleep 100", timeout_seconds=200)
+        pytest.fail(f"it returned {told}; SIGINT goes to {signal.getsignal(signal.SIGINT)}")
     wait_until(lambda: len(pyro.vmms()) == 1, "the machine of the interrupted call is gone")
     assert client.exec_task(task, command="echo works")["stdout"] == "works\n"
 
