@@ -101,7 +101,15 @@ def test_who_stops_reading_ends_the_command(client, task):
     assert client.logs_task(task)["entries"][1]["fault"] == "cancelled"
 
 
-def test_ctrl_c_ends_what_the_call_has_begun(client, task, pyro):
+@pytest.fixture
+def interruptible():
+    """A process that a shell has started in the background ignores what Ctrl-C sends."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_what_the_call_has_begun(interruptible, client, task, pyro):
     def interrupt_when(ready):
         def press():
             wait_until(ready, "the command runs")
