@@ -184,16 +184,16 @@ def test_cancelling_a_coroutine_ends_its_command(client, task, pyro):
 
 
 def test_a_task_whose_maker_is_cancelled_is_gone_also_when_it_was_ready(client):
-    def started():
-        return [task for task in client.list_tasks()["tasks"] if task["state"] == "started"]
-
     async def main():
+        loop, told = asyncio.get_running_loop(), threading.Event()
+        tell = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *call: (tell(*call), told.set())
         async with AsyncPyro() as awaited:
             making = asyncio.ensure_future(awaited.create_task(**SMALL))
             await asyncio.sleep(0)
-            # The loop does not run: that the task is ready has come to nobody who awaits it.
-            wait_until(started, "the task is ready")
-            time.sleep(1)
+            # The loop does not run: that the task is ready has come to it, and to nobody who awaits it.
+            assert told.wait(PATIENCE)
+            assert len(client.list_tasks()["tasks"]) == 1
             assert making.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await making
