@@ -20,14 +20,39 @@ const MOUNT: &str = "/cgroup";
 
 /// Memory that commands cannot take: the kernel's own needs and the agent, in bytes.
 const RESERVE: u64 = 64 << 20;
+/// Groups that are kept ready: as many as commands end at about the same time.
+const SPARES: usize = 4;
+/// Everything about a group that a command could have changed or that tells of what it did, but for its accounts; a kernel
+/// without swap has not all of it.
+const STATE: &[&str] = &[
+    "cgroup.events",
+    "cgroup.freeze",
+    "cgroup.max.depth",
+    "cgroup.max.descendants",
+    "cgroup.subtree_control",
+    "cgroup.type",
+    "memory.events",
+    "memory.high",
+    "memory.low",
+    "memory.max",
+    "memory.min",
+    "memory.oom.group",
+    "memory.swap.high",
+    "memory.swap.max",
+    "pids.max",
+];
+/// The links of a directory without directories in it.
+const NO_GROUP_BELOW: u64 = 2;
 /// How long killed commands may take to be gone.
 const ENDED_WITHIN: Duration = Duration::from_secs(5);
 
 /// The group of all commands.
 #[derive(Debug)]
 pub(crate) struct GuestCgroup {
-    /// A group that is ready for the next command: to make one takes as long as to start a short program.
-    spare: Mutex<Option<ExecCgroup>>,
+    /// Groups that are ready for the next commands: to make one and remove it takes longer than to start a short program.
+    spares: Mutex<Vec<ExecCgroup>>,
+    /// What the files of [`STATE`] say of a group that nothing has happened to, learned before there was a command.
+    fresh: Vec<(&'static str, Vec<u8>)>,
     /// Groups of commands that have ended and left processes in the background.
     left: Arc<Mutex<Vec<PathBuf>>>,
 }
@@ -38,8 +63,8 @@ pub(crate) struct ExecCgroup {
     path: PathBuf,
     /// Its directory, by which a child begins in the group.
     directory: File,
-    /// `cgroup.events`, open because finding a file takes longer than reading it.
-    events: File,
+    /// The files of its state, open once they were asked, because finding a file takes longer than reading it.
+    state: Vec<File>,
     left: Arc<Mutex<Vec<PathBuf>>>,
 }
 
@@ -55,11 +80,11 @@ impl GuestCgroup {
         set(&format!("{guest}/memory.max"), &memory.saturating_sub(RESERVE).max(64 << 20).to_string())?;
         // A process costs the kernel some 100 KiB at least; the memory limit decides where this is generous.
         set(&format!("{guest}/pids.max"), &(memory >> 19).clamp(512, 16_384).to_string())?;
-        Ok(Self { spare: Mutex::default(), left: Arc::default() })
+        Ok(Self { spares: Mutex::default(), fresh: Vec::new(), left: Arc::default() })
     }
 
     /// Makes the control group namespace of commands, whose root is their common group; `within` runs in it.
-    pub(crate) fn namespace<T>(&self, within: impl FnOnce() -> T) -> io::Result<(OwnedFd, T)> {
+    pub(crate) fn namespace<T>(&mut self, within: impl FnOnce() -> T) -> io::Result<(OwnedFd, T)> {
         let kind = Some(LinkNameSpaceType::ControlGroup);
         let own = File::open("/proc/self/ns/cgroup")?;
         set(&format!("{MOUNT}/guest/cgroup.procs"), "0")?;
@@ -70,6 +95,16 @@ impl GuestCgroup {
         set(&format!("{MOUNT}/cgroup.procs"), "0")?;
         // A group that gives its controllers to groups below it may hold no process itself.
         set(&format!("{MOUNT}/guest/cgroup.subtree_control"), "+memory +pids")?;
+        let first = self.exec()?;
+        for &name in STATE {
+            match File::open(first.path.join(name)) {
+                Ok(file) => self.fresh.push((name, text(&file)?)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let first = self.as_new(first);
+        self.spares().extend(first);
         Ok((namespace, result))
     }
 
@@ -80,27 +115,49 @@ impl GuestCgroup {
         rustix::rand::getrandom(&mut name, rustix::rand::GetRandomFlags::INSECURE)?;
         let path = PathBuf::from(format!("{MOUNT}/guest/{:016x}", u64::from_ne_bytes(name)));
         rustix::fs::mkdir(&path, rustix::fs::Mode::from_raw_mode(0o755))?;
-        let (directory, events) = (File::open(&path)?, File::open(path.join("cgroup.events"))?);
-        Ok(ExecCgroup { path, directory, events, left: Arc::clone(&self.left) })
+        let directory = File::open(&path)?;
+        Ok(ExecCgroup { path, directory, state: Vec::new(), left: Arc::clone(&self.left) })
     }
 
-    /// The group that was made ready, if there is one that a command can run in. A guest may have removed it.
+    /// A group that was made ready, if there is one that a command can run in: in a frozen group it would not get as far as its
+    /// program, and the agent waits for that; one that the guest has removed says nothing.
     pub(crate) fn take_spare(&self) -> Option<ExecCgroup> {
-        self.spare().take().filter(ExecCgroup::is_fit)
+        let spare = self.spares().pop()?;
+        let events = spare.state.first().zip(self.fresh.first());
+        events.is_some_and(|(file, (_, fresh))| says(file, fresh)).then_some(spare)
     }
 
-    /// What can be done while nobody waits: makes a group ready, and removes those of commands that have ended.
-    pub(crate) fn tidy(&self) {
-        if self.spare().is_none() {
-            // Without one, the next command makes its own.
-            let spare = self.exec().ok();
-            *self.spare() = spare;
+    /// What can be done while nobody waits: makes a group ready, the one of a command that has ended where it is as good as
+    /// new, and removes those of others.
+    pub(crate) fn tidy(&self, used: Option<ExecCgroup>) {
+        let mut spares = self.spares();
+        if let Some(used) = used
+            && spares.len() < SPARES
+        {
+            spares.extend(self.as_new(used));
         }
+        if spares.is_empty() {
+            // Without one, the next command makes its own.
+            spares.extend(self.exec().ok().and_then(|group| self.as_new(group)));
+        }
+        drop(spares);
         self.forget_left();
     }
 
-    fn spare(&self) -> MutexGuard<'_, Option<ExecCgroup>> {
-        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A group that is empty and as it was made, so that it neither stops nor limits who begins in it, and what it will tell is
+    /// of nobody else.
+    fn as_new(&self, mut group: ExecCgroup) -> Option<ExecCgroup> {
+        if group.state.is_empty() {
+            let files = self.fresh.iter().map(|(name, _)| File::open(group.path.join(name)));
+            group.state = files.collect::<io::Result<_>>().ok()?;
+        }
+        let nothing_below = rustix::fs::fstat(&group.directory).ok()?.st_nlink == NO_GROUP_BELOW;
+        let is_fresh = group.state.iter().zip(&self.fresh).all(|(file, (_, fresh))| says(file, fresh));
+        (nothing_below && is_fresh).then_some(group)
+    }
+
+    fn spares(&self) -> MutexGuard<'_, Vec<ExecCgroup>> {
+        self.spares.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Kills every process of every command.
@@ -112,7 +169,7 @@ impl GuestCgroup {
     pub(crate) async fn end_all(&self) -> io::Result<()> {
         self.kill_all();
         tokio::time::timeout(ENDED_WITHIN, emptied(Path::new(MOUNT).join("guest"))).await??;
-        self.tidy();
+        self.tidy(None);
         Ok(())
     }
 
@@ -128,14 +185,6 @@ impl ExecCgroup {
     /// The directory, by which a child begins in the group.
     pub(crate) fn directory(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
-    }
-
-    /// Whether a process could run in it: in a frozen group it would not get as far as its program, and the agent waits for
-    /// that.
-    fn is_fit(&self) -> bool {
-        let mut bytes = [0; 128];
-        let length = self.events.read_at(&mut bytes, 0).unwrap_or(0);
-        bytes[..length].split(|byte| *byte == b'\n').any(|line| line == b"frozen 0")
     }
 
     /// Kills every process of the command, whatever session it has moved to.
@@ -186,6 +235,17 @@ async fn emptied(group: PathBuf) -> io::Result<()> {
 fn unshare_cgroup() -> rustix::io::Result<()> {
     // SAFETY: no other thread exists yet.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWCGROUP) }
+}
+
+fn says(file: &File, what: &[u8]) -> bool {
+    text(file).is_ok_and(|text| text == what)
+}
+
+/// What a file of a group says, from its start.
+fn text(file: &File) -> io::Result<Vec<u8>> {
+    let mut bytes = [0; 512];
+    let length = file.read_at(&mut bytes, 0)?;
+    Ok(bytes[..length].to_vec())
 }
 
 fn make(path: &str) -> io::Result<()> {

@@ -91,16 +91,19 @@ pub(crate) fn run(
 ) -> mpsc::Receiver<Result<ExecEvent, Status>> {
     let (events, receiver) = mpsc::channel(4);
     drop(tokio::spawn(async move {
-        let last = match Running::start(&guest, &reaper, &command) {
-            Ok(running) => exec_event::Kind::Exited(running.finish(&command, inputs, &events).await),
-            Err(refused) => exec_event::Kind::Refused(refused),
+        let (last, cgroup) = match Running::start(&guest, &reaper, &command) {
+            Ok(running) => {
+                let (exited, cgroup) = running.finish(&command, inputs, &events).await;
+                (exec_event::Kind::Exited(exited), Some(cgroup))
+            }
+            Err(refused) => (exec_event::Kind::Refused(refused), None),
         };
         drop(events.send(Ok(ExecEvent { kind: Some(last) })).await);
         // That there are no more events must not wait for what follows; nor must whoever sends them.
         drop(events);
         drop(told.await);
         tokio::task::yield_now().await;
-        guest.cgroup.tidy();
+        guest.cgroup.tidy(cgroup);
     }));
     receiver
 }
@@ -169,7 +172,13 @@ impl Running {
         Ok(Self { process: Process { pid, cgroup, ended, status: None }, began, stdin, stdout, stderr })
     }
 
-    async fn finish(self, command: &Command, inputs: Streaming<ExecInput>, events: &Events) -> ExecExited {
+    /// Follows the command to its end; gives back the group that it ran in.
+    async fn finish(
+        self,
+        command: &Command,
+        inputs: Streaming<ExecInput>,
+        events: &Events,
+    ) -> (ExecExited, ExecCgroup) {
         let mut process = self.process;
         let pid = u32::try_from(process.pid.as_raw_nonzero().get()).unwrap_or(0);
         let started = exec_event::Kind::Started(ExecStarted { pid });
@@ -214,7 +223,7 @@ impl Running {
         // A reader that has gone away ends the pumps as well, so neither can wait for ever.
         drop(out.await);
         drop(err.await);
-        exited
+        (exited, process.cgroup)
     }
 }
 

@@ -84,7 +84,8 @@ pub(crate) fn launch(launch: &Launch<'_>) -> Result<Pid, LaunchError> {
     let mut script_argv = vec![SHELL.as_ptr(), std::ptr::null()];
     script_argv.extend(argv.iter().skip(1));
     let mut plan = Plan { launch, script_argv, envp: pointers(launch.envp), argv, error: None };
-    let mut stack = vec![0_u128; STACK_BYTES / size_of::<u128>()];
+    // Not filled: the child touches little of it.
+    let mut stack = Vec::<u128>::with_capacity(STACK_BYTES / size_of::<u128>());
     let number = |fd: BorrowedFd<'_>| u64::try_from(fd.as_raw_fd()).unwrap_or(u64::MAX);
     let args = CloneArgs {
         flags: CLONE_INTO_CGROUP | u64::from((libc::CLONE_VM | libc::CLONE_VFORK).unsigned_abs()),

@@ -79,3 +79,28 @@ pub(super) async fn out_of_memory(guest: &Guest) {
     assert_eq!((done.outcome.exit_code, done.outcome.fault), (137, Some(Fault::OutOfMemory)));
     assert_eq!(guest.text("echo alive").await, "alive");
 }
+
+/// A control group serves command after command, unless one of them has changed it.
+pub(super) async fn groups(guest: &Guest) {
+    const GROUP: &str = "group=/sys/fs/cgroup$(sed s/^0::// /proc/self/cgroup)";
+    let after = async |change: &str| guest.text(&format!("{GROUP}; {change}; echo $group")).await;
+    let mut served = std::collections::BTreeSet::new();
+    for _ in 0..5 {
+        served.insert(after(":").await);
+    }
+    assert!(served.len() < 5, "each command had a group of its own: {served:?}");
+    let state = format!("{GROUP}; cd $group; cat pids.max memory.max cgroup.max.depth; grep oom_kill memory.events");
+    for change in [
+        "echo 9 > $group/pids.max",
+        "echo 300M > $group/memory.max",
+        "echo 0 > $group/cgroup.max.depth",
+        "mkdir $group/below",
+        "sleep 1000 >/dev/null 2>&1 &",
+        "perl -e 'push @kept, \"x\" x 1048576 while 1'",
+    ] {
+        let changed = after(change).await;
+        assert_ne!(after(":").await, changed, "{change}");
+        assert_eq!(guest.text(&state).await, "max\nmax\nmax\noom_kill 0", "{change}");
+    }
+    assert_eq!(guest.text("pkill -c sleep").await, "1", "what was left in the background lives on");
+}

@@ -76,6 +76,7 @@ async fn all(name: &'static str, driver: Driver, files: PathBuf) {
     suite.case("the_image_is_below_and_cannot_be_written", async |_| guest::disks(&shared).await).await;
     suite.case("a_flood_on_the_console_is_bounded", async |_| guest::console_flood(&shared).await).await;
     suite.case("a_guest_out_of_memory_lives_on", async |_| guest::out_of_memory(&shared).await).await;
+    suite.case("a_group_that_was_changed_serves_no_other", async |_| guest::groups(&shared).await).await;
     suite.case("the_vmm_is_confined", async |bench| confinement::is_there(bench, &shared)).await;
     suite.case("a_paused_guest_waits", async |_| machine::pause(&shared).await).await;
     suite.case("a_power_off_ends_the_machine", async |bench| machine::power_off(bench, shared).await).await;

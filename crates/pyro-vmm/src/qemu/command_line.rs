@@ -22,6 +22,10 @@ const PORT_NAME: &str = "agent";
 /// for one that is missing. The interrupt controller stays on: without it boots took longer.
 const MACHINE: &str = "microvm,x-option-roms=off,pit=off,isa-serial=on";
 
+/// The firmware that starts a kernel without option ROMs. QEMU's own choice for this machine is SeaBIOS, which does not;
+/// only Debian 12 has the other one under that name.
+const FIRMWARE: &str = "qboot.rom";
+
 /// The default code buffer is 1 GiB for each machine; a shell, git and Python together fill 33 MiB.
 const TCG: &str = "tcg,tb-size=128";
 /// All that the translator can do, so that programs built for x86-64-v2 and v3 run. The fast string moves and
@@ -68,7 +72,7 @@ pub(super) fn arguments(config: &QemuConfig, spec: &MachineSpec, from: Option<&S
         args.option("-object", memory_file(path, spec.memory_mib, share).to_string());
     }
     let backend = if memory.is_some() { ",memory-backend=memory" } else { "" };
-    args.option("-M", format!("{MACHINE}{backend}"));
+    args.option("-M", format!("{MACHINE}{backend}")).option("-bios", FIRMWARE);
     args.option("-accel", accelerator(config.accel, spec.vcpus));
     args.option("-cpu", cpu(config.accel));
     args.option("-m", spec.memory_mib.to_string()).option("-smp", spec.vcpus.to_string());
@@ -175,7 +179,7 @@ pub(super) fn fingerprint(config: &QemuConfig, spec: &MachineSpec) -> String {
         Accel::Tcg { .. } => Accel::Tcg { tsc_khz: None },
     };
     let kernel = kernel_command_line(accel, spec);
-    format!("{MACHINE} {} {} {kernel}", accelerator(accel, spec.vcpus), cpu(accel))
+    format!("{MACHINE} {FIRMWARE} {} {} {kernel}", accelerator(accel, spec.vcpus), cpu(accel))
 }
 
 fn cpu(accel: Accel) -> &'static str {
@@ -228,6 +232,7 @@ mod tests {
 -name pyro-k3v9xy
 -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
 -M microvm,x-option-roms=off,pit=off,isa-serial=on
+-bios qboot.rom
 -accel tcg,tb-size=128
 -cpu max,erms=off,fsrm=off,la57=off
 -m 512
