@@ -89,7 +89,8 @@ pub(super) async fn groups(guest: &Guest) {
         served.insert(after(":").await);
     }
     assert!(served.len() < 5, "each command had a group of its own: {served:?}");
-    let state = format!("{GROUP}; cd $group; cat pids.max memory.max cgroup.max.depth; grep oom_kill memory.events");
+    let state =
+        format!("{GROUP}; cd $group; cat pids.max memory.max cgroup.max.depth; grep oom_kill memory.events");
     for change in [
         "echo 9 > $group/pids.max",
         "echo 300M > $group/memory.max",

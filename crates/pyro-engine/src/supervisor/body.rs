@@ -137,6 +137,9 @@ impl Supervisor {
         if let Body::Guest(running) = body {
             running.power_off().await;
         }
+        // The host may be about to go down.
+        let names = Arc::clone(&self.names);
+        drop(tokio::task::spawn_blocking(move || names.settle()).await);
         self.note_stopped(why.map(str::to_owned))
     }
 

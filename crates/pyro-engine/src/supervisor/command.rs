@@ -69,6 +69,10 @@ impl Supervisor {
         };
         let cancel = Cancel::new(cancel.subscribe());
         drop(tokio::spawn(Arc::clone(self).carry_out(exec, body, sink, cancel)));
+        // The guest is sent its command, by that and by its connection, before the caller is told of a number.
+        for _ in 0..2 {
+            tokio::task::yield_now().await;
+        }
         Ok(Box::pin(ReceiverStream::new(events).chain(ReceiverStream::new(told_last))))
     }
 
@@ -76,7 +80,7 @@ impl Supervisor {
         let supervisor = Arc::clone(self);
         self.engine
             .blocking(move || {
-                supervisor.journal.begin(sequence, new).map_err(|error| {
+                supervisor.names.with(|| supervisor.journal.begin(sequence, new)).map_err(|error| {
                     let error = Error::state(supervisor.directory.path(), &error);
                     let hint = error.remedy().unwrap_or_default().to_owned();
                     let text =
@@ -164,11 +168,9 @@ impl Supervisor {
             // A caller that is gone does not hear it.
             last.try_send(Ok(Event { kind: Some(ended_event(&entry)) })).ok();
         }
+        self.names.changed();
         progress.send_modify(|progress| progress.ended = true);
         self.commands.ended(sequence);
-        // The entry's name becomes durable in its own time.
-        let journal = self.journal.clone();
-        drop(tokio::task::spawn_blocking(move || journal.sync()));
     }
 
     /// A full disk does not stay full for ever: an end that could not be written down is tried again until it is, or
@@ -227,7 +229,7 @@ impl Supervisor {
             };
             for (stream, offset) in [Stream::Stdout, Stream::Stderr].into_iter().zip(&mut offsets) {
                 let reader = self.journal.reader(sequence, stream, *offset)?;
-                let mut reader = tokio::fs::File::from_std(reader);
+                let Some(mut reader) = reader.map(tokio::fs::File::from_std) else { continue };
                 loop {
                     let mut bytes = Vec::with_capacity(pyro_proto::limits::CHUNK);
                     let length = reader.read_buf(&mut bytes).await?;

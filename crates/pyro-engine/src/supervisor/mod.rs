@@ -14,6 +14,7 @@ mod body;
 mod command;
 mod commands;
 mod footprint;
+mod names;
 mod serve;
 
 use std::fs::File;
@@ -29,6 +30,7 @@ use tokio::sync::watch;
 
 use self::body::Body;
 use self::commands::Commands;
+use self::names::Names;
 use crate::engine::{Engine, EngineConfig};
 use crate::error::Error;
 use crate::record::{Fault, VmState};
@@ -48,6 +50,7 @@ pub(crate) struct Supervisor {
     id: String,
     directory: TaskDirectory,
     journal: Journal,
+    names: Arc<Names>,
     file: Mutex<TaskFile>,
     /// Kept installed for as long as the task's disk lies upon it; none for a task on the host.
     environment: Option<Environment>,
@@ -146,6 +149,7 @@ impl Supervisor {
             engine,
             id: file.task_id.clone(),
             journal: directory.journal(),
+            names: Names::of(directory.journal()),
             directory,
             file: Mutex::new(file),
             environment,

@@ -145,7 +145,7 @@ impl Engine {
             allow_host_compat: spec.allow_host_compat && spec.require_isolation.is_none(),
             created_at,
             expires_at: created_at + f64::from(spec.ttl_seconds),
-            boot_id: boot_id(),
+            boot_id: boot_id().to_owned(),
             expires_at_boottime: boottime() + f64::from(spec.ttl_seconds),
             machine_id: files::random_hex(16).map_err(|error| Error::host("random numbers", &error))?,
             state: VmState::Created,

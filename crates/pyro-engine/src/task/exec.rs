@@ -41,8 +41,8 @@ impl Engine {
         exec: ExecSpec,
         observer: Observer,
     ) -> Result<ExecResult, Error> {
-        let file = self.file_of(task_id).await?;
-        let (events, request_id) = self.send(task_id, exec, true).await?;
+        let (file, sent) = tokio::join!(self.file_of(task_id), self.send(task_id, exec, true));
+        let ((events, request_id), file) = (sent?, file?);
         let mut output = Output::new(&observer);
         if let Some(mut events) = events
             && let Some(entry) = take(&mut events, &observer, &mut output).await?
@@ -255,7 +255,7 @@ impl Engine {
         let failed = |error: std::io::Error| Error::state(directory.path(), &error);
         for (stream, offset) in [Stream::Stdout, Stream::Stderr].into_iter().zip(output.totals()) {
             let reader = directory.journal().reader(sequence, stream, offset).map_err(failed)?;
-            let mut reader = tokio::fs::File::from_std(reader);
+            let Some(mut reader) = reader.map(tokio::fs::File::from_std) else { continue };
             loop {
                 let mut bytes = Vec::with_capacity(pyro_proto::limits::CHUNK);
                 if reader.read_buf(&mut bytes).await.map_err(failed)? == 0 {
@@ -267,7 +267,7 @@ impl Engine {
         Ok(())
     }
 
-    /// The record of a task before its command: it may be gone after it.
+    /// The record of a task, read before its command has ended: it may be gone then.
     async fn file_of(&self, task_id: &str) -> Result<Option<TaskFile>, Error> {
         let (engine, id) = (self.clone(), task_id.to_owned());
         self.blocking(move || {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -130,7 +131,7 @@ impl TaskFile {
         let has_rebooted = self.has_rebooted();
         if has_rebooted {
             self.expires_at_boottime = boottime() + self.life_left().as_secs_f64();
-            self.boot_id = boot_id();
+            self.boot_id = boot_id().to_owned();
         }
         has_rebooted
     }
@@ -150,10 +151,13 @@ impl TaskFile {
     }
 }
 
-/// The kernel's name for this boot; empty where it does not tell.
-pub(crate) fn boot_id() -> String {
-    let text = fs_err::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    String::from_utf8_lossy(&text).trim().to_owned()
+/// The kernel's name for this boot, which no process outlives; empty where it does not tell.
+pub(crate) fn boot_id() -> &'static str {
+    static BOOT_ID: LazyLock<String> = LazyLock::new(|| {
+        let text = fs_err::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        String::from_utf8_lossy(&text).trim().to_owned()
+    });
+    &BOOT_ID
 }
 
 /// Seconds since the host's boot, suspends included.
@@ -181,7 +185,7 @@ pub(crate) mod tests {
             allow_host_compat: false,
             created_at: now(),
             expires_at: now() + 600.0,
-            boot_id: boot_id(),
+            boot_id: boot_id().to_owned(),
             expires_at_boottime: boottime() + 600.0,
             machine_id: "0".repeat(32),
             state: VmState::Started,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! commands/000001.json      the entry: `running` from before the command is sent, replaced when it has ended
-//! commands/000001.stdout    what it wrote, appended as it comes
+//! commands/000001.stdout    what it wrote, appended as it comes; there from its first byte on
 //! commands/000001.stderr
 //! ```
 //!
@@ -94,8 +94,9 @@ pub(crate) struct Journal {
 pub(crate) struct Writer {
     dir: PathBuf,
     pub(crate) entry: JournalEntry,
-    stdout: File,
-    stderr: File,
+    /// Made when there is something to hold: to make two files takes as long as to write an entry.
+    stdout: Option<File>,
+    stderr: Option<File>,
 }
 
 impl Journal {
@@ -169,14 +170,10 @@ impl Journal {
 
     /// Gives the next command its number: the entry is on disk when this returns, and the command may be sent.
     pub(crate) fn begin(&self, sequence: u64, new: NewEntry) -> io::Result<Writer> {
-        let create = |stream| {
-            let mut options = File::options();
+        for stream in [Stream::Stdout, Stream::Stderr] {
             // Left by a supervisor that died before the entry was there: no command belongs to it.
-            options.append(true).create(true).open(self.output(sequence, stream))
-        };
-        let (stdout, stderr) = (create(Stream::Stdout)?, create(Stream::Stderr)?);
-        stdout.set_len(0)?;
-        stderr.set_len(0)?;
+            files::remove_if_there(&self.output(sequence, stream))?;
+        }
         let started_at = now();
         let entry = JournalEntry {
             sequence,
@@ -204,14 +201,11 @@ impl Journal {
         if let Err(error) = written {
             // The number stays free for the next command, unless another command has it.
             if error.kind() != io::ErrorKind::AlreadyExists {
-                let outputs = [Stream::Stdout, Stream::Stderr].map(|stream| self.output(sequence, stream));
-                for path in outputs.iter().chain([&self.json(sequence)]) {
-                    drop(files::remove_if_there(path));
-                }
+                drop(files::remove_if_there(&self.json(sequence)));
             }
             return Err(error);
         }
-        Ok(Writer { dir: self.dir.clone(), entry, stdout, stderr })
+        Ok(Writer { dir: self.dir.clone(), entry, stdout: None, stderr: None })
     }
 
     /// What nobody can finish any more: commands that ran when their supervisor or the host went down.
@@ -256,9 +250,8 @@ impl Journal {
     /// The text of one stream: its head and its tail where it is longer than `most` bytes, of which only these are
     /// read.
     pub(crate) fn text(&self, sequence: u64, stream: Stream, most: u64) -> io::Result<(String, bool)> {
-        let mut file = match File::open(self.output(sequence, stream)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((String::new(), false)),
-            opened => opened?,
+        let Some(mut file) = opened(&self.output(sequence, stream))? else {
+            return Ok((String::new(), false));
         };
         let length = file.metadata()?.len();
         if length <= most {
@@ -279,21 +272,18 @@ impl Journal {
         offset: u64,
         most: u64,
     ) -> io::Result<OutputRange> {
-        let mut file = match File::open(self.output(sequence, stream)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok(OutputRange { bytes: Vec::new(), file_bytes: 0 });
-            }
-            opened => opened?,
+        let Some(mut file) = opened(&self.output(sequence, stream))? else {
+            return Ok(OutputRange { bytes: Vec::new(), file_bytes: 0 });
         };
         let bytes = part(&mut file, offset, most)?;
         Ok(OutputRange { bytes, file_bytes: file.metadata()?.len() })
     }
 
-    /// Opens what a command wrote, from an offset on.
-    pub(crate) fn reader(&self, sequence: u64, stream: Stream, offset: u64) -> io::Result<File> {
-        let mut file = File::open(self.output(sequence, stream))?;
+    /// Opens what a command wrote, from an offset on; none where it wrote nothing.
+    pub(crate) fn reader(&self, sequence: u64, stream: Stream, offset: u64) -> io::Result<Option<File>> {
+        let Some(mut file) = opened(&self.output(sequence, stream))? else { return Ok(None) };
         file.seek(SeekFrom::Start(offset))?;
-        Ok(file)
+        Ok(Some(file))
     }
 
     fn write(&self, entry: &JournalEntry, place: Place) -> io::Result<()> {
@@ -331,10 +321,22 @@ impl Journal {
     }
 
     fn output(&self, sequence: u64, stream: Stream) -> PathBuf {
-        self.dir.join(match stream {
-            Stream::Stdout => format!("{sequence:06}.stdout"),
-            Stream::Stderr => format!("{sequence:06}.stderr"),
-        })
+        output(&self.dir, sequence, stream)
+    }
+}
+
+fn output(dir: &Path, sequence: u64, stream: Stream) -> PathBuf {
+    dir.join(match stream {
+        Stream::Stdout => format!("{sequence:06}.stdout"),
+        Stream::Stderr => format!("{sequence:06}.stderr"),
+    })
+}
+
+/// A file to read, if it is there.
+fn opened(path: &Path) -> io::Result<Option<File>> {
+    match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        opened => opened.map(Some),
     }
 }
 
@@ -359,7 +361,13 @@ impl Writer {
         };
         let kept = *total - *dropped;
         let room = usize::try_from(STREAM_LIMIT.saturating_sub(kept)).unwrap_or(usize::MAX).min(bytes.len());
-        file.write_all(&bytes[..room])?;
+        if file.is_none() {
+            let path = output(&self.dir, entry.sequence, stream);
+            *file = Some(File::options().append(true).create(true).open(path)?);
+        }
+        if let Some(file) = file {
+            file.write_all(&bytes[..room])?;
+        }
         *total += bytes.len() as u64;
         *dropped += (bytes.len() - room) as u64;
         Ok(())
@@ -368,12 +376,8 @@ impl Writer {
     /// Replaces the entry with its end; output and entry are on the disk when this returns.
     pub(crate) fn finish(&mut self) -> io::Result<()> {
         self.entry.recorded_at = now();
-        for (file, bytes) in
-            [(&self.stdout, self.entry.stdout_bytes), (&self.stderr, self.entry.stderr_bytes)]
-        {
-            if bytes > 0 {
-                file.sync_data()?;
-            }
+        for file in [&self.stdout, &self.stderr].into_iter().flatten() {
+            file.sync_data()?;
         }
         write_entry(&self.dir, &self.entry, Place::Taken)
     }
