@@ -94,6 +94,13 @@ impl Supervisor {
     /// Runs a command to its end and writes that down.
     async fn carry_out(self: Arc<Self>, exec: ExecSpec, body: Body, mut sink: Journaled, cancel: Cancel) {
         let began = Instant::now();
+        let (journal, sequence) = (self.journal.clone(), sink.writer.entry.sequence);
+        let outputs = async move {
+            // By now the command is on its way. What the disk refuses is told with the first output.
+            tokio::task::yield_now().await;
+            drop(tokio::task::spawn_blocking(move || journal.make_outputs(sequence)).await);
+        };
+        let outputs = tokio::spawn(outputs);
         let limit = Limit { asked: exec.timeout_seconds, left: self.file().life_left().as_secs_f64() };
         let carried_out = match &body {
             Body::None => Err(not_started(&self.id)),
@@ -132,6 +139,7 @@ impl Supervisor {
         entry.fault = outcome.fault;
         entry.reason =
             reason.or_else(|| outcome.fault.map(|_| outcome.words.unwrap_or_default().trim().to_owned()));
+        drop(outputs.await);
         self.finish(sink).await;
     }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! commands/000001.json      the entry: `running` from before the command is sent, replaced when it has ended
-//! commands/000001.stdout    what it wrote, appended as it comes; there from its first byte on
+//! commands/000001.stdout    what it wrote, appended as it comes; there, if empty, when the command has ended
 //! commands/000001.stderr
 //! ```
 //!
@@ -94,7 +94,7 @@ pub(crate) struct Journal {
 pub(crate) struct Writer {
     dir: PathBuf,
     pub(crate) entry: JournalEntry,
-    /// Made when there is something to hold: to make two files takes as long as to write an entry.
+    /// Opened when there is something to hold.
     stdout: Option<File>,
     stderr: Option<File>,
 }
@@ -208,6 +208,15 @@ impl Journal {
         Ok(Writer { dir: self.dir.clone(), entry, stdout: None, stderr: None })
     }
 
+    /// Makes the files of output that are not there yet. To make two files takes as long as to write an entry, so that is done
+    /// while the command runs.
+    pub(crate) fn make_outputs(&self, sequence: u64) -> io::Result<()> {
+        for stream in [Stream::Stdout, Stream::Stderr] {
+            append_to(&self.output(sequence, stream))?;
+        }
+        Ok(())
+    }
+
     /// What nobody can finish any more: commands that ran when their supervisor or the host went down.
     pub(crate) fn interrupt_all(&self, host_restarted: bool) -> io::Result<()> {
         // A task runs no more than so many at once, and gives numbers in ascending order; but an old one may have
@@ -231,6 +240,7 @@ impl Journal {
             let what =
                 if host_restarted { "the host was restarted" } else { "the task's supervisor was killed" };
             entry.reason = Some(format!("{what} while it ran"));
+            self.make_outputs(sequence)?;
             self.write(&entry, Place::Taken)?;
         }
         self.sync()?;
@@ -332,6 +342,11 @@ fn output(dir: &Path, sequence: u64, stream: Stream) -> PathBuf {
     })
 }
 
+/// A file to append to, made where it is not there.
+fn append_to(path: &Path) -> io::Result<File> {
+    File::options().append(true).create(true).open(path)
+}
+
 /// A file to read, if it is there.
 fn opened(path: &Path) -> io::Result<Option<File>> {
     match File::open(path) {
@@ -362,8 +377,7 @@ impl Writer {
         let kept = *total - *dropped;
         let room = usize::try_from(STREAM_LIMIT.saturating_sub(kept)).unwrap_or(usize::MAX).min(bytes.len());
         if file.is_none() {
-            let path = output(&self.dir, entry.sequence, stream);
-            *file = Some(File::options().append(true).create(true).open(path)?);
+            *file = Some(append_to(&output(&self.dir, entry.sequence, stream))?);
         }
         if let Some(file) = file {
             file.write_all(&bytes[..room])?;
@@ -463,6 +477,10 @@ mod tests {
         journal.interrupt_all(false).expect("interrupted");
         let entry = journal.entry(1).expect("read").expect("there");
         assert_eq!((entry.status, entry.stdout_bytes), (EntryStatus::Interrupted, 6));
+        assert_eq!(
+            File::open(journal.output(1, Stream::Stderr)).expect("made").metadata().expect("read").len(),
+            0
+        );
         assert_eq!(entry.reason.as_deref(), Some("the task's supervisor was killed while it ran"));
         journal.take_over().expect("taken over");
         drop(journal.begin(2, new("more")).expect("begun"));
