@@ -6,6 +6,8 @@ test: setup ## Run every test, with real microVMs
 	scripts/test.sh
 test-firecracker: setup ## Run the conformance suite on real Firecracker guests
 	scripts/test-firecracker.sh
+test-qemu: setup ## Run cases of the conformance suite on a newer QEMU than the installed one
+	scripts/test-qemu.sh
 check: ## Format, lints, dependency policy, docs
 	scripts/check.sh
 chaos: setup ## Kill everything at random, FOR seconds (600) from a SEED
@@ -26,4 +28,4 @@ bench-python: setup ## Measure what a call from Python costs
 	scripts/bench.sh python
 setup: ## Install what a fresh Debian machine lacks
 	@scripts/setup.sh
-.PHONY: help run test test-firecracker check chaos fuzz wheel kernel bench bench-start bench-mcp bench-python setup
+.PHONY: help run test test-firecracker test-qemu check chaos fuzz wheel kernel bench bench-start bench-mcp bench-python setup
