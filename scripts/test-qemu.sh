@@ -24,7 +24,7 @@ if [ ! -x "$root/bin/qemu-system-x86_64" ]; then
         skip 'it has no such packages'
     for package in "$root"/debs/*.deb; do dpkg -x "$package" "$root"; done
     rm -rf "$root/debs" "$root/lists"
-    missing=$(ldd "$root/usr/bin/qemu-system-x86_64" | sed -n 's/ => not found//p' | tr -d '\t\n')
+    missing=$(ldd "$root/usr/bin/qemu-system-x86_64" | sed -n 's/ => not found//p' | tr '\t\n' '  ')
     [ -z "$missing" ] || skip "it lacks $missing"
     cat > "$root/program" << 'WORDS'
 #!/bin/sh
@@ -35,8 +35,13 @@ WORDS
     chmod +x "$root/program"
     mv "$root/program" "$root/bin/qemu-system-x86_64"
 fi
-"$root/bin/qemu-system-x86_64" --version | head -n 1
+version=$("$root/bin/qemu-system-x86_64" --version)
+echo "$version" | head -n 1
 cases=${PYRO_TEST_CASES:-exit_code,power_off,panic,goes_on}
 # shellcheck disable=SC2086 # one variable a word
 env $variables PATH="$root/bin:$PATH" PYRO_TEST_CASES="$cases" \
-    cargo test --quiet --workspace --lib conformance::conformance_of_qemu -- --exact --nocapture
+    cargo test --quiet --workspace --lib conformance::conformance_of_qemu -- --exact --nocapture > "$root/log" 2>&1 ||
+    { cat "$root/log"; exit 1; }
+# A suite that was skipped has shown nothing.
+grep '^conformance: ' "$root/log"
+grep -q '^conformance: qemu: [1-9][0-9]* cases passed' "$root/log"

@@ -22,13 +22,15 @@ const MOUNT: &str = "/cgroup";
 const RESERVE: u64 = 64 << 20;
 /// Groups that are kept ready: as many as commands end at about the same time.
 const SPARES: usize = 4;
-/// Everything about a group that a command could have changed or that tells of what it did, but for its accounts; a kernel
-/// without swap has not all of it.
+/// What a command could have changed about a group, or that tells of what happened in it; a kernel without swap has not all of
+/// it. The first tells whether a process could run in it. Its accounts go on, and a BPF program that a guest has attached
+/// to the group of a command, and not taken away, cannot be seen here.
 const STATE: &[&str] = &[
     "cgroup.events",
     "cgroup.freeze",
     "cgroup.max.depth",
     "cgroup.max.descendants",
+    "cgroup.pressure",
     "cgroup.subtree_control",
     "cgroup.type",
     "memory.events",
@@ -37,10 +39,15 @@ const STATE: &[&str] = &[
     "memory.max",
     "memory.min",
     "memory.oom.group",
+    "memory.swap.events",
     "memory.swap.high",
     "memory.swap.max",
+    "pids.events",
     "pids.max",
 ];
+/// Memory that may stay charged to a group that serves again, in bytes: a command may set a limit to its own.
+const CHARGED: u64 = 16 << 20;
+const MODE: u32 = 0o755;
 /// The links of a directory without directories in it.
 const NO_GROUP_BELOW: u64 = 2;
 /// How long killed commands may take to be gone.
@@ -114,7 +121,7 @@ impl GuestCgroup {
         let mut name = [0; 8];
         rustix::rand::getrandom(&mut name, rustix::rand::GetRandomFlags::INSECURE)?;
         let path = PathBuf::from(format!("{MOUNT}/guest/{:016x}", u64::from_ne_bytes(name)));
-        rustix::fs::mkdir(&path, rustix::fs::Mode::from_raw_mode(0o755))?;
+        rustix::fs::mkdir(&path, rustix::fs::Mode::from_raw_mode(MODE))?;
         let directory = File::open(&path)?;
         Ok(ExecCgroup { path, directory, state: Vec::new(), left: Arc::clone(&self.left) })
     }
@@ -151,9 +158,12 @@ impl GuestCgroup {
             let files = self.fresh.iter().map(|(name, _)| File::open(group.path.join(name)));
             group.state = files.collect::<io::Result<_>>().ok()?;
         }
-        let nothing_below = rustix::fs::fstat(&group.directory).ok()?.st_nlink == NO_GROUP_BELOW;
+        let found = rustix::fs::fstat(&group.directory).ok()?;
+        // A group that was given to another user of the guest is that user's.
+        let is_ours = (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (0, 0, MODE);
         let is_fresh = group.state.iter().zip(&self.fresh).all(|(file, (_, fresh))| says(file, fresh));
-        (nothing_below && is_fresh).then_some(group)
+        let as_made = is_ours && is_fresh && found.st_nlink == NO_GROUP_BELOW;
+        (as_made && group.charged()? <= CHARGED).then_some(group)
     }
 
     fn spares(&self) -> MutexGuard<'_, Vec<ExecCgroup>> {
@@ -165,7 +175,7 @@ impl GuestCgroup {
         drop(set(&format!("{MOUNT}/guest/cgroup.kill"), "1"));
     }
 
-    /// Kills every process of every command, and waits until none is left, nor a group of one.
+    /// Kills every process of every command, and waits until none is left; of their groups some may serve again.
     pub(crate) async fn end_all(&self) -> io::Result<()> {
         self.kill_all();
         tokio::time::timeout(ENDED_WITHIN, emptied(Path::new(MOUNT).join("guest"))).await??;
@@ -185,6 +195,12 @@ impl ExecCgroup {
     /// The directory, by which a child begins in the group.
     pub(crate) fn directory(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
+    }
+
+    /// The memory that is charged to it, in bytes.
+    fn charged(&self) -> Option<u64> {
+        let current = File::open(self.path.join("memory.current")).and_then(|file| text(&file)).ok()?;
+        std::str::from_utf8(&current).ok()?.trim().parse().ok()
     }
 
     /// Kills every process of the command, whatever session it has moved to.

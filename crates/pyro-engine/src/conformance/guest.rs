@@ -95,6 +95,9 @@ pub(super) async fn groups(guest: &Guest) {
         "echo 9 > $group/pids.max",
         "echo 300M > $group/memory.max",
         "echo 0 > $group/cgroup.max.depth",
+        "chown -R 1000 $group",
+        "perl -e 'sub most { open F, q(>), qq($ARGV[0]/pids.max); print F $_[0]; close F } most 1; fork; most q(max)' $group",
+        "head -c 32000000 /dev/zero > /dev/shm/kept",
         "mkdir $group/below",
         "sleep 1000 >/dev/null 2>&1 &",
         "perl -e 'push @kept, \"x\" x 1048576 while 1'",
@@ -103,6 +106,7 @@ pub(super) async fn groups(guest: &Guest) {
         assert_ne!(after(":").await, changed, "{change}");
         assert_eq!(guest.text(&state).await, "max\nmax\nmax\noom_kill 0", "{change}");
     }
+    guest.text("rm /dev/shm/kept").await;
     let left = "found=$(grep -l '^sleep$' /proc/[0-9]*/comm); kill $(echo $found | tr -cd '0-9 '); echo $found | wc -w";
     assert_eq!(guest.text(left).await, "1", "what was left in the background lives on");
 }

@@ -69,7 +69,7 @@ impl Supervisor {
         };
         let cancel = Cancel::new(cancel.subscribe());
         drop(tokio::spawn(Arc::clone(self).carry_out(exec, body, sink, cancel)));
-        // The guest is sent its command, by that and by its connection, before the caller is told of a number.
+        // As a rule the guest is sent its command, by that and by its connection, before the caller is told of a number.
         for _ in 0..2 {
             tokio::task::yield_now().await;
         }
@@ -96,7 +96,7 @@ impl Supervisor {
         let began = Instant::now();
         let (journal, sequence) = (self.journal.clone(), sink.writer.entry.sequence);
         let outputs = async move {
-            // By now the command is on its way. What the disk refuses is told with the first output.
+            // First the command goes on its way. What the disk refuses now is tried again at the end.
             tokio::task::yield_now().await;
             drop(tokio::task::spawn_blocking(move || journal.make_outputs(sequence)).await);
         };
@@ -192,7 +192,8 @@ impl Supervisor {
                     Ok((writer, done))
                 });
                 match again.await {
-                    Ok((_, Ok(()))) | Err(_) => return,
+                    Ok((_, Ok(()))) => return supervisor.names.changed(),
+                    Err(_) => return,
                     Ok((unfinished, Err(_full))) => writer = unfinished,
                 }
             }

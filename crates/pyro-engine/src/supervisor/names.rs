@@ -35,7 +35,7 @@ impl Names {
         let names = Arc::clone(self);
         drop(tokio::spawn(async move {
             tokio::time::sleep(LATER).await;
-            names.coming.store(false, Ordering::Release);
+            names.coming.swap(false, Ordering::AcqRel);
             // What cannot be written down now is so with the next entry.
             drop(tokio::task::spawn_blocking(move || names.settle()));
         }));

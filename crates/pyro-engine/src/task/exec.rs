@@ -21,7 +21,7 @@ use crate::files;
 use crate::guest::{Chunk, Stream};
 use crate::observe::{Observer, Phase};
 use crate::record::{ExecResult, Fault};
-use crate::registry::TaskLock;
+use crate::registry::{TaskLock, is_id};
 use crate::spec::{Command, ExecSpec};
 
 /// Pieces of stdin that may wait for the supervisor.
@@ -41,15 +41,15 @@ impl Engine {
         exec: ExecSpec,
         observer: Observer,
     ) -> Result<ExecResult, Error> {
-        let (file, sent) = tokio::join!(self.file_of(task_id), self.send(task_id, exec, true));
-        let ((events, request_id), file) = (sent?, file?);
+        let (file, sent) = tokio::join!(self.record_of(task_id), self.send(task_id, exec, true));
+        let (events, request_id) = sent?;
         let mut output = Output::new(&observer);
         if let Some(mut events) = events
             && let Some(entry) = take(&mut events, &observer, &mut output).await?
         {
             if output.totals() != [entry.stdout_bytes, entry.stderr_bytes] {
                 // It was ended over a slow reader. The journal has the rest, unless it went with the task.
-                drop(self.replay(task_id, entry.sequence, &mut output).await);
+                drop(self.replay(task_id, &entry, &mut output).await);
             }
             return Ok(result(task_id, file, entry, output).await);
         }
@@ -143,7 +143,7 @@ impl Engine {
         loop {
             let Some(entry) = self.entry(task_id, sequence).await? else { return Ok(None) };
             if entry.status != EntryStatus::Running {
-                self.replay(task_id, sequence, output).await?;
+                self.replay(task_id, &entry, output).await?;
                 return Ok(Some(entry));
             }
             // Without a supervisor the journal is in order now, and the next round finds the command ended.
@@ -250,12 +250,27 @@ impl Engine {
     }
 
     /// Passes on what the journal holds of a command beyond what has been passed on.
-    async fn replay(&self, task_id: &str, sequence: u64, output: &mut Output<'_>) -> Result<(), Error> {
+    async fn replay(
+        &self,
+        task_id: &str,
+        entry: &JournalEntry,
+        output: &mut Output<'_>,
+    ) -> Result<(), Error> {
         let directory = self.inner.registry.task_directory(task_id)?;
         let failed = |error: std::io::Error| Error::state(directory.path(), &error);
-        for (stream, offset) in [Stream::Stdout, Stream::Stderr].into_iter().zip(output.totals()) {
-            let reader = directory.journal().reader(sequence, stream, offset).map_err(failed)?;
-            let Some(mut reader) = reader.map(tokio::fs::File::from_std) else { continue };
+        let kept = [
+            entry.stdout_bytes.saturating_sub(entry.stdout_dropped_bytes),
+            entry.stderr_bytes.saturating_sub(entry.stderr_dropped_bytes),
+        ];
+        let streams = [Stream::Stdout, Stream::Stderr].into_iter().zip(output.totals());
+        for ((stream, offset), kept) in streams.zip(kept) {
+            let reader = directory.journal().reader(entry.sequence, stream, offset).map_err(failed)?;
+            let Some(mut reader) = reader.map(tokio::fs::File::from_std) else {
+                if kept > offset {
+                    return Err(failed(std::io::ErrorKind::NotFound.into()));
+                }
+                continue;
+            };
             loop {
                 let mut bytes = Vec::with_capacity(pyro_proto::limits::CHUNK);
                 if reader.read_buf(&mut bytes).await.map_err(failed)? == 0 {
@@ -267,7 +282,17 @@ impl Engine {
         Ok(())
     }
 
-    /// The record of a task, read before its command has ended: it may be gone then.
+    /// The record of a task, read before its command has ended: it may be gone then. Whoever sends the command says what is
+    /// wrong with the task.
+    async fn record_of(&self, task_id: &str) -> Option<TaskFile> {
+        let (engine, id) = (self.clone(), task_id.to_owned());
+        let read = tokio::task::spawn_blocking(move || {
+            is_id(&id).then(|| TaskFile::read(&engine.inner.registry.task_path(&id)).ok().flatten())?
+        });
+        read.await.ok().flatten()
+    }
+
+    /// The record of a task before what is asked of it.
     async fn file_of(&self, task_id: &str) -> Result<Option<TaskFile>, Error> {
         let (engine, id) = (self.clone(), task_id.to_owned());
         self.blocking(move || {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::LazyLock;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -153,11 +153,15 @@ impl TaskFile {
 
 /// The kernel's name for this boot, which no process outlives; empty where it does not tell.
 pub(crate) fn boot_id() -> &'static str {
-    static BOOT_ID: LazyLock<String> = LazyLock::new(|| {
-        let text = fs_err::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        String::from_utf8_lossy(&text).trim().to_owned()
-    });
-    &BOOT_ID
+    static BOOT_ID: OnceLock<String> = OnceLock::new();
+    if let Some(known) = BOOT_ID.get() {
+        return known;
+    }
+    match fs_err::read_to_string("/proc/sys/kernel/random/boot_id") {
+        Ok(text) => BOOT_ID.get_or_init(|| text.trim().to_owned()),
+        // The next one who asks may fare better.
+        Err(_) => "",
+    }
 }
 
 /// Seconds since the host's boot, suspends included.

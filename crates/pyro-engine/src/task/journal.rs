@@ -170,8 +170,11 @@ impl Journal {
 
     /// Gives the next command its number: the entry is on disk when this returns, and the command may be sent.
     pub(crate) fn begin(&self, sequence: u64, new: NewEntry) -> io::Result<Writer> {
+        if self.json(sequence).exists() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
         for stream in [Stream::Stdout, Stream::Stderr] {
-            // Left by a supervisor that died before the entry was there: no command belongs to it.
+            // Of an entry that is not there any more, or never was: no command belongs to it.
             files::remove_if_there(&self.output(sequence, stream))?;
         }
         let started_at = now();
@@ -209,7 +212,7 @@ impl Journal {
     }
 
     /// Makes the files of output that are not there yet. To make two files takes as long as to write an entry, so that is done
-    /// while the command runs.
+    /// while the command runs, and otherwise at its end.
     pub(crate) fn make_outputs(&self, sequence: u64) -> io::Result<()> {
         for stream in [Stream::Stdout, Stream::Stderr] {
             append_to(&self.output(sequence, stream))?;
@@ -289,7 +292,7 @@ impl Journal {
         Ok(OutputRange { bytes, file_bytes: file.metadata()?.len() })
     }
 
-    /// Opens what a command wrote, from an offset on; none where it wrote nothing.
+    /// Opens what a command wrote, from an offset on; none where there is no such file, as before its first output.
     pub(crate) fn reader(&self, sequence: u64, stream: Stream, offset: u64) -> io::Result<Option<File>> {
         let Some(mut file) = opened(&self.output(sequence, stream))? else { return Ok(None) };
         file.seek(SeekFrom::Start(offset))?;
@@ -390,8 +393,11 @@ impl Writer {
     /// Replaces the entry with its end; output and entry are on the disk when this returns.
     pub(crate) fn finish(&mut self) -> io::Result<()> {
         self.entry.recorded_at = now();
-        for file in [&self.stdout, &self.stderr].into_iter().flatten() {
-            file.sync_data()?;
+        for (file, stream) in [(&self.stdout, Stream::Stdout), (&self.stderr, Stream::Stderr)] {
+            match file {
+                Some(file) => file.sync_data()?,
+                None => drop(append_to(&output(&self.dir, self.entry.sequence, stream))?),
+            }
         }
         write_entry(&self.dir, &self.entry, Place::Taken)
     }
