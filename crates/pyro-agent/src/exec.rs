@@ -4,6 +4,7 @@
 //! the process, not the agent. The command's own end is that of its main process: what it left in the
 //! background lives on, and its output is no longer awaited.
 
+use std::cell::RefCell;
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,7 +12,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use pyro_proto::{
     ExecEvent, ExecExited, ExecInput, ExecRefused, ExecStart, ExecStarted, exec_event, exec_exited,
     exec_input, exec_refused, limits,
@@ -184,50 +185,64 @@ impl Running {
         let started = exec_event::Kind::Started(ExecStarted { pid });
         drop(events.send(Ok(ExecEvent { kind: Some(started) })).await);
         let (tell_end, end) = watch::channel(false);
-        let out = tokio::spawn(pump(self.stdout, events.clone(), end.clone(), exec_event::Kind::Stdout));
-        let err = tokio::spawn(pump(self.stderr, events.clone(), end, exec_event::Kind::Stderr));
-        let input = tokio::spawn(feed(inputs, self.stdin, process.pid));
-
-        let deadline = deadline(self.began, command.start.timeout_millis);
-        let mut timed_out = false;
-        let status = tokio::select! {
-            status = &mut process.ended => status.ok(),
-            () = events.closed() => process.kill().await,
-            () = sleep_until(deadline.into()) => {
-                timed_out = true;
-                _ = rustix::process::kill_process_group(process.pid, Signal::TERM);
-                let grace = Duration::from_millis(command.start.kill_after_millis);
-                // All of it has this long, not only the shell that started it.
-                let ended = timeout(grace, async {
-                    process.status = (&mut process.ended).await.ok();
-                    process.cgroup.emptied().await.ok();
-                });
-                match ended.await {
-                    Ok(()) => process.status,
-                    Err(_elapsed) => process.kill().await,
-                }
+        let out = pump(self.stdout, events, end.clone(), exec_event::Kind::Stdout);
+        let err = pump(self.stderr, events, end.clone(), exec_event::Kind::Stderr);
+        let feed = feed(inputs, self.stdin, process.pid);
+        let input = async move {
+            let mut end = end;
+            tokio::select! {
+                () = feed => {}
+                _ = end.changed() => {}
             }
         };
-        let duration_micros = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
-        // Who has succeeded has lacked nothing.
-        let succeeded = status.is_some_and(|status| status.success());
-        let exited = ExecExited {
-            status: Some(exit_status(status)),
-            timed_out,
-            oom_kills: if succeeded { 0 } else { process.cgroup.oom_kills() },
-            disk_full: !succeeded && disk_is_full(),
-            duration_micros,
+        let began = self.began;
+        let main = async {
+            let ended = process.end(began, command, events).await;
+            _ = tell_end.send(true);
+            ended
         };
-        _ = tell_end.send(true);
-        input.abort();
-        // A reader that has gone away ends the pumps as well, so neither can wait for ever.
-        drop(out.await);
-        drop(err.await);
+        // In one task: each further one would cost a short command as much as its output does. A reader that has gone away
+        // ends the pumps as well, so neither can wait for ever.
+        let (exited, (), (), ()) = tokio::join!(main, out, err, input);
         (exited, process.cgroup)
     }
 }
 
 impl Process {
+    /// Waits for the end of the main process, or brings it about.
+    async fn end(&mut self, began: Instant, command: &Command, events: &Events) -> ExecExited {
+        let deadline = deadline(began, command.start.timeout_millis);
+        let mut timed_out = false;
+        let status = tokio::select! {
+            status = &mut self.ended => status.ok(),
+            () = events.closed() => self.kill().await,
+            () = sleep_until(deadline.into()) => {
+                timed_out = true;
+                _ = rustix::process::kill_process_group(self.pid, Signal::TERM);
+                let grace = Duration::from_millis(command.start.kill_after_millis);
+                // All of it has this long, not only the shell that started it.
+                let ended = timeout(grace, async {
+                    self.status = (&mut self.ended).await.ok();
+                    self.cgroup.emptied().await.ok();
+                });
+                match ended.await {
+                    Ok(()) => self.status,
+                    Err(_elapsed) => self.kill().await,
+                }
+            }
+        };
+        let duration_micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        // Who has succeeded has lacked nothing.
+        let succeeded = status.is_some_and(|status| status.success());
+        ExecExited {
+            status: Some(exit_status(status)),
+            timed_out,
+            oom_kills: if succeeded { 0 } else { self.cgroup.oom_kills() },
+            disk_full: !succeeded && disk_is_full(),
+            duration_micros,
+        }
+    }
+
     /// Kills the whole command: its group, and its main process also where that has moved to another group.
     async fn kill(&mut self) -> Option<std::process::ExitStatus> {
         self.cgroup.kill();
@@ -314,41 +329,67 @@ fn own_end<T>(end: OwnedFd, wrap: fn(OwnedFd) -> io::Result<T>) -> io::Result<T>
 
 /// Moves one stream until its end, or until it is quiet after the main process has ended.
 async fn pump(
-    mut from: pipe::Receiver,
-    events: Events,
+    from: pipe::Receiver,
+    events: &Events,
     mut end: watch::Receiver<bool>,
     wrap: fn(Bytes) -> exec_event::Kind,
 ) {
     let mut left = LAST_BYTES;
     loop {
-        let mut chunk = BytesMut::with_capacity(limits::CHUNK);
         let ended = *end.borrow();
         let read = if ended {
-            timeout(LINGER, from.read_buf(&mut chunk)).await
+            timeout(LINGER, read(&from)).await
         } else {
             tokio::select! {
-                read = from.read_buf(&mut chunk) => Ok(read),
+                read = read(&from) => Ok(read),
                 _ = end.changed() => continue,
             }
         };
-        match read {
-            Ok(Ok(length @ 1..)) if ended => {
-                chunk.truncate(left);
-                left = left.saturating_sub(length);
+        let mut chunk = match read {
+            Ok(chunk) if chunk.is_empty() => return,
+            Ok(chunk) => chunk,
+            Err(_quiet) => {
+                left = 0;
+                Bytes::new()
             }
-            Ok(Ok(1..)) => {}
-            Ok(Ok(0) | Err(_)) => return,
-            Err(_quiet) => left = 0,
+        };
+        if ended {
+            let length = chunk.len();
+            chunk.truncate(left);
+            left = left.saturating_sub(length);
+            if chunk.is_empty() {
+                // A background process may write on: without a reader, its next line would kill it.
+                drop(tokio::spawn(discard(from)));
+                return;
+            }
         }
-        if ended && chunk.is_empty() {
-            // A background process may write on: without a reader, its next line would kill it.
-            drop(tokio::spawn(discard(from)));
-            return;
-        }
-        if events.send(Ok(ExecEvent { kind: Some(wrap(chunk.freeze())) })).await.is_err() {
+        if events.send(Ok(ExecEvent { kind: Some(wrap(chunk)) })).await.is_err() {
             return;
         }
     }
+}
+
+/// The next bytes of a stream; none at its end.
+async fn read(from: &pipe::Receiver) -> Bytes {
+    loop {
+        if from.readable().await.is_err() {
+            return Bytes::new();
+        }
+        // One buffer serves all: a command that says little, or nothing, makes none of its own.
+        let read = BUFFER.with_borrow_mut(|buffer| {
+            let length = from.try_read(buffer)?;
+            Ok::<_, io::Error>(Bytes::copy_from_slice(&buffer[..length]))
+        });
+        match read {
+            Ok(bytes) => return bytes,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_broken) => return Bytes::new(),
+        }
+    }
+}
+
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; limits::CHUNK]);
 }
 
 /// Reads and throws away until the last writer is gone.

@@ -8,6 +8,7 @@
 
 #![expect(unsafe_code, reason = "a child that shares this process's memory")]
 
+use std::cell::RefCell;
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -17,6 +18,11 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 const STACK_BYTES: usize = 64 << 10;
 const SHELL: &CStr = c"/bin/sh";
+
+thread_local! {
+    /// Of one child after the other. Not filled: a child touches little of it.
+    static STACK: RefCell<Vec<u128>> = RefCell::new(Vec::with_capacity(STACK_BYTES / size_of::<u128>()));
+}
 
 /// Everything that a child needs, made before it is there.
 #[derive(Debug)]
@@ -84,24 +90,22 @@ pub(crate) fn launch(launch: &Launch<'_>) -> Result<Pid, LaunchError> {
     let mut script_argv = vec![SHELL.as_ptr(), std::ptr::null()];
     script_argv.extend(argv.iter().skip(1));
     let mut plan = Plan { launch, script_argv, envp: pointers(launch.envp), argv, error: None };
-    // Not filled: the child touches little of it.
-    let mut stack = Vec::<u128>::with_capacity(STACK_BYTES / size_of::<u128>());
     let number = |fd: BorrowedFd<'_>| u64::try_from(fd.as_raw_fd()).unwrap_or(u64::MAX);
-    let args = CloneArgs {
-        flags: CLONE_INTO_CGROUP | u64::from((libc::CLONE_VM | libc::CLONE_VFORK).unsigned_abs()),
-        exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
-        stack: stack.as_mut_ptr().addr() as u64,
-        stack_size: STACK_BYTES as u64,
-        cgroup: number(launch.cgroup),
-        ..CloneArgs::default()
-    };
-    // A handler that ran in the child would run on this process's memory.
-    let signals = BlockedSignals::all();
-    // SAFETY: the child runs on a stack of its own, which outlives it, as this thread sleeps until it has executed or
-    // ended; until then it makes system calls, and writes to `plan` only, which nobody reads meanwhile.
-    let result = unsafe { clone3(&args, child, &raw mut plan) };
-    drop(signals);
-    drop(stack);
+    let result = STACK.with_borrow_mut(|stack| {
+        let args = CloneArgs {
+            flags: CLONE_INTO_CGROUP | u64::from((libc::CLONE_VM | libc::CLONE_VFORK).unsigned_abs()),
+            exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
+            stack: stack.as_mut_ptr().addr() as u64,
+            stack_size: STACK_BYTES as u64,
+            cgroup: number(launch.cgroup),
+            ..CloneArgs::default()
+        };
+        // A handler that ran in the child would run on this process's memory.
+        let _signals = BlockedSignals::all();
+        // SAFETY: the child runs on a stack of its own, which outlives it, as this thread sleeps until it has executed or
+        // ended; until then it makes system calls, and writes to `plan` only, which nobody reads meanwhile.
+        unsafe { clone3(&args, child, &raw mut plan) }
+    });
     let number = i32::try_from(result).unwrap_or(-libc::EAGAIN);
     let pid = match number {
         1.. => Pid::from_raw(number).ok_or(LaunchError::Prepare(Errno::AGAIN))?,

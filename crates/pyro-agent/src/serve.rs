@@ -70,6 +70,8 @@ pub(crate) async fn converse(
     let stream = tokio::io::join(from_host, to_host);
     let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
+        // Nobody asks for it.
+        .auto_date_header(false)
         .initial_stream_window_size(limits::STREAM_WINDOW)
         .initial_connection_window_size(limits::CONNECTION_WINDOW)
         .max_concurrent_streams(limits::STREAMS)
