@@ -3,21 +3,12 @@
 use std::io::{self, Read, Write};
 use std::path::Path;
 
-/// Whether a new file may take the place of an old one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
-    /// The name must be free.
-    Free,
-    /// What is there is replaced.
-    Taken,
-}
-
 /// Writes `bytes` to `path`, which at any moment holds its old contents or its new ones, whole. The bytes are on
 /// the disk when this returns; the name is once the directory is synced.
 ///
 /// # Errors
-/// When the file system refuses; `AlreadyExists` where the name must be free and is not.
-pub(crate) fn put(path: &Path, bytes: &[u8], place: Place) -> io::Result<()> {
+/// When the file system refuses.
+pub(crate) fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let parent = path.parent().ok_or_else(|| io::Error::other("a path without a parent"))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let beside = parent.join(format!(".{name}.{}", random_hex(4)?));
@@ -25,13 +16,7 @@ pub(crate) fn put(path: &Path, bytes: &[u8], place: Place) -> io::Result<()> {
         let mut file = fs_err::OpenOptions::new().write(true).create_new(true).open(&beside)?;
         file.write_all(bytes)?;
         file.sync_data()?;
-        match place {
-            Place::Taken => fs_err::rename(&beside, path),
-            Place::Free => {
-                use rustix::fs::{CWD, RenameFlags, renameat_with};
-                Ok(renameat_with(CWD, &beside, CWD, path, RenameFlags::NOREPLACE)?)
-            }
-        }
+        fs_err::rename(&beside, path)
     };
     let written = write();
     if written.is_err() {
@@ -79,16 +64,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_that_must_be_free_is_never_taken_twice() {
+    fn a_file_is_replaced_whole_and_nothing_is_left_beside_it() {
         let dir = tempfile::tempdir().expect("a directory");
-        let path = dir.path().join("000001.json");
-        put(&path, b"first", Place::Free).expect("free");
-        let error = put(&path, b"second", Place::Free).expect_err("taken");
-        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
-        assert_eq!(read_bounded(&path, 10).expect("read").as_deref(), Some(&b"first"[..]));
-        put(&path, b"third", Place::Taken).expect("replaced");
-        assert_eq!(read_bounded(&path, 10).expect("read").as_deref(), Some(&b"third"[..]));
+        let path = dir.path().join("task.json");
+        for contents in [&b"first"[..], b"third"] {
+            put(&path, contents).expect("put");
+            assert_eq!(read_bounded(&path, 10).expect("read").as_deref(), Some(contents));
+        }
         assert_eq!(read_bounded(&path, 4).expect_err("too long").kind(), io::ErrorKind::FileTooLarge);
-        assert_eq!(fs_err::read_dir(dir.path()).expect("read").count(), 1, "nothing is left beside it");
+        assert_eq!(fs_err::read_dir(dir.path()).expect("read").count(), 1);
     }
 }

@@ -130,7 +130,7 @@ impl Supervisor {
     pub(super) async fn stop(self: &Arc<Self>, why: Option<&str>) -> Result<(), Error> {
         let _gate = self.gate.lock().await;
         if self.state() == VmState::Stopped {
-            self.settle_names().await;
+            self.settle_entries().await;
             return Ok(());
         }
         let body = self.take_body();
@@ -138,14 +138,14 @@ impl Supervisor {
         if let Body::Guest(running) = body {
             running.power_off().await;
         }
-        self.settle_names().await;
+        self.settle_entries().await;
         self.note_stopped(why.map(str::to_owned))
     }
 
     /// What was told to have ended is on the disk when this returns: the host may be about to go down.
-    async fn settle_names(&self) {
-        let names = Arc::clone(&self.names);
-        drop(tokio::task::spawn_blocking(move || names.settle()).await);
+    async fn settle_entries(&self) {
+        let unsettled = Arc::clone(&self.unsettled);
+        drop(tokio::task::spawn_blocking(move || unsettled.settle()).await);
     }
 
     /// Leaves the task without anything that could run a command.

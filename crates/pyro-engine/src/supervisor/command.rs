@@ -18,9 +18,10 @@ use crate::execute::{Cancel, Limit, Outcome, Place, Sink, carry_out, ended, mill
 use crate::guest::{Chunk, Stream};
 use crate::record::Fault;
 use crate::spec::ExecSpec;
-use crate::task::journal::{EntryStatus, JournalEntry, NewEntry, Writer};
+use crate::task::journal::{EntryStatus, JournalEntry};
 use crate::task::not_started;
 use crate::task::supervisor_proto::{Event, event};
+use crate::task::writer::{NewEntry, Writer};
 
 /// Events that may wait for a caller.
 const QUEUE: usize = 4;
@@ -80,7 +81,7 @@ impl Supervisor {
         let supervisor = Arc::clone(self);
         self.engine
             .blocking(move || {
-                supervisor.names.with(|| supervisor.journal.begin(sequence, new)).map_err(|error| {
+                supervisor.unsettled.begin(sequence, new).map_err(|error| {
                     let error = Error::state(supervisor.directory.path(), &error);
                     let hint = error.remedy().unwrap_or_default().to_owned();
                     let text =
@@ -95,12 +96,13 @@ impl Supervisor {
     async fn carry_out(self: Arc<Self>, exec: ExecSpec, body: Body, mut sink: Journaled, cancel: Cancel) {
         let began = Instant::now();
         let (journal, sequence) = (self.journal.clone(), sink.writer.entry.sequence);
-        let outputs = async move {
+        let unsettled = Arc::clone(&self.unsettled);
+        let prepared = tokio::spawn(async move {
             // First the command goes on its way. What the disk refuses now is tried again at the end.
             tokio::task::yield_now().await;
-            drop(tokio::task::spawn_blocking(move || journal.make_outputs(sequence)).await);
-        };
-        let outputs = tokio::spawn(outputs);
+            drop(tokio::task::spawn_blocking(move || journal.prepare_end(sequence)).await);
+            drop(tokio::task::spawn_blocking(move || unsettled.prepare()));
+        });
         let limit = Limit { asked: exec.timeout_seconds, left: self.file().life_left().as_secs_f64() };
         let carried_out = match &body {
             Body::None => Err(not_started(&self.id)),
@@ -139,36 +141,27 @@ impl Supervisor {
         entry.fault = outcome.fault;
         entry.reason =
             reason.or_else(|| outcome.fault.map(|_| outcome.words.unwrap_or_default().trim().to_owned()));
-        drop(outputs.await);
-        self.finish(sink).await;
+        drop(prepared.await);
+        self.finish(sink);
     }
 
     /// Writes the end of a command down, then tells it.
-    async fn finish(self: Arc<Self>, sink: Journaled) {
+    fn finish(self: &Arc<Self>, sink: Journaled) {
         let Journaled { mut writer, caller, last, progress, .. } = sink;
         // What is in its queue comes before the last event.
         drop(caller);
         let sequence = writer.entry.sequence;
-        let written = self
-            .engine
-            .blocking(move || {
-                let written = writer.finish();
-                Ok((writer, written))
-            })
-            .await;
-        let entry = match written {
-            Ok((writer, Ok(()))) => Some(writer.entry),
-            Ok((writer, Err(error))) => {
-                super::serve::complain(&format!(
-                    "the end of command {sequence} could not be recorded: {error}"
-                ));
-                self.finish_later(writer);
-                None
+        // As output, it goes to the kernel and no further for now; to have another thread do it takes longer.
+        let entry = match writer.finish() {
+            Ok(ended) => {
+                self.unsettled.ended(ended);
+                Some(writer.entry)
             }
             Err(error) => {
                 super::serve::complain(&format!(
                     "the end of command {sequence} could not be recorded: {error}"
                 ));
+                self.finish_later(writer);
                 None
             }
         };
@@ -176,7 +169,6 @@ impl Supervisor {
             // A caller that is gone does not hear it.
             last.try_send(Ok(Event { kind: Some(ended_event(&entry)) })).ok();
         }
-        self.names.changed();
         progress.send_modify(|progress| progress.ended = true);
         self.commands.ended(sequence);
     }
@@ -192,7 +184,7 @@ impl Supervisor {
                     Ok((writer, done))
                 });
                 match again.await {
-                    Ok((_, Ok(()))) => return supervisor.names.changed(),
+                    Ok((_, Ok(ended))) => return supervisor.unsettled.ended(ended),
                     Err(_) => return,
                     Ok((unfinished, Err(_full))) => writer = unfinished,
                 }

@@ -14,8 +14,8 @@ mod body;
 mod command;
 mod commands;
 mod footprint;
-mod names;
 mod serve;
+mod unsettled;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -30,7 +30,7 @@ use tokio::sync::watch;
 
 use self::body::Body;
 use self::commands::Commands;
-use self::names::Names;
+use self::unsettled::Unsettled;
 use crate::engine::{Engine, EngineConfig};
 use crate::error::Error;
 use crate::record::{Fault, VmState};
@@ -50,7 +50,7 @@ pub(crate) struct Supervisor {
     id: String,
     directory: TaskDirectory,
     journal: Journal,
-    names: Arc<Names>,
+    unsettled: Arc<Unsettled>,
     file: Mutex<TaskFile>,
     /// Kept installed for as long as the task's disk lies upon it; none for a task on the host.
     environment: Option<Environment>,
@@ -149,7 +149,7 @@ impl Supervisor {
             engine,
             id: file.task_id.clone(),
             journal: directory.journal(),
-            names: Names::of(directory.journal()),
+            unsettled: Unsettled::of(directory.journal()),
             directory,
             file: Mutex::new(file),
             environment,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind};
-use crate::files::{self, Place};
+use crate::files;
 use crate::record::VmState;
 use crate::registry::now;
 use crate::task::TaskDirectory;
@@ -106,7 +106,7 @@ impl TaskFile {
     /// Replaces the record, durably.
     pub(crate) fn write(&self, directory: &TaskDirectory) -> io::Result<()> {
         let bytes = serde_json::to_vec_pretty(self).map_err(io::Error::other)?;
-        files::put(&directory.record(), &bytes, Place::Taken)?;
+        files::put(&directory.record(), &bytes)?;
         files::sync_directory(directory.path())
     }
 

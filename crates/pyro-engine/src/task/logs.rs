@@ -135,20 +135,13 @@ fn read_one(journal: &Journal, sequence: u64, budget: &mut u64) -> std::io::Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::task::journal::NewEntry;
+    use crate::task::writer::tests::{begin, journal};
 
     #[test]
     fn only_what_is_asked_for_is_read() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let journal = Journal::new(dir.path().to_owned());
+        let (dir, journal) = journal();
         for sequence in 1..=20 {
-            let new = NewEntry {
-                command: format!("command {sequence}"),
-                cwd: "/workspace".to_owned(),
-                execution_mode: "guest_serial".to_owned(),
-                request_id: String::new(),
-            };
-            let mut writer = journal.begin(sequence, new).expect("begun");
+            let mut writer = begin(&journal, sequence, &format!("command {sequence}")).expect("begun");
             writer.append(Stream::Stdout, &vec![b'x'; 1000]).expect("written");
         }
         // An entry that nobody asked for may be damaged: it is not even opened.

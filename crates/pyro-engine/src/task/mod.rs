@@ -10,6 +10,8 @@ pub(crate) mod journal;
 mod logs;
 mod record;
 mod socket;
+pub(crate) mod starts;
+pub(crate) mod writer;
 
 use std::time::Duration;
 

@@ -1,0 +1,538 @@
+//! The supervisor's side of a journal: it alone writes there, or whoever holds the lock of a task without one.
+//!
+//! The start of a command is durable before the command is sent, as a rule in a slot (`super::starts`); its entry is read
+//! from then on. Its end is read as soon as it has come. What is read survives the death of every process; that it survives
+//! a loss of power too follows a little later ([`Journal::settle`]), for all commands of that moment together. Until then
+//! the start is kept, so that start or end is whole. Whatever takes a file system long, the making of files, is done while
+//! the guest works.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
+
+use super::journal::{EntryStatus, Journal, JournalEntry, MOST_ENTRY, STREAM_LIMIT};
+use super::starts::{self, Slot, Starts};
+use crate::files;
+use crate::guest::Stream;
+use crate::record::Fault;
+use crate::registry::now;
+
+/// What is about to be run.
+#[derive(Clone, Debug)]
+pub(crate) struct NewEntry {
+    pub(crate) command: String,
+    pub(crate) cwd: String,
+    pub(crate) execution_mode: String,
+    pub(crate) request_id: String,
+}
+
+/// The part of an entry that is being written.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    journal: Journal,
+    pub(crate) entry: JournalEntry,
+    /// Opened when there is something to hold.
+    stdout: Option<File>,
+    stderr: Option<File>,
+}
+
+/// A command whose end can be read, and is not durable yet.
+#[derive(Clone, Debug)]
+pub(crate) struct Ended {
+    sequence: u64,
+    /// The streams that hold something.
+    streams: Vec<Stream>,
+}
+
+impl Journal {
+    /// Gives the next command its number: the start is on disk when this returns, and the command may be sent. Where that is
+    /// in a slot, the entry must be settled before the slot is given back.
+    pub(crate) fn begin(
+        &self,
+        sequence: u64,
+        new: NewEntry,
+        starts: Option<&Starts>,
+    ) -> io::Result<(Writer, Option<Slot>)> {
+        if self.json(sequence).exists() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        for stream in [Stream::Stdout, Stream::Stderr] {
+            // Of an entry that is not there any more, or never was: no command belongs to it.
+            files::remove_if_there(&self.output(sequence, stream))?;
+        }
+        let started_at = now();
+        let entry = JournalEntry {
+            sequence,
+            command: new.command,
+            cwd: new.cwd,
+            status: EntryStatus::Running,
+            exit_code: None,
+            duration_ms: None,
+            execution_mode: new.execution_mode,
+            stdout_file: format!("{sequence:06}.stdout"),
+            stderr_file: format!("{sequence:06}.stderr"),
+            started_at,
+            recorded_at: started_at,
+            stdout_bytes: 0,
+            stderr_bytes: 0,
+            stdout_dropped_bytes: 0,
+            stderr_dropped_bytes: 0,
+            fault: None,
+            reason: None,
+            request_id: new.request_id,
+        };
+        match self.write_start(&entry, starts) {
+            Ok(slot) => Ok((Writer { journal: self.clone(), entry, stdout: None, stderr: None }, slot)),
+            Err(error) => {
+                // The number stays free for the next command, unless another command has it.
+                if error.kind() != io::ErrorKind::AlreadyExists {
+                    drop(files::remove_if_there(&self.json(sequence)));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn write_start(&self, entry: &JournalEntry, starts: Option<&Starts>) -> io::Result<Option<Slot>> {
+        let (next, path) = (self.next(), self.json(entry.sequence));
+        let bytes = json(entry)?;
+        let file = write_to(&next, &bytes)?;
+        let name = || renameat_with(CWD, &next, CWD, &path, RenameFlags::NOREPLACE).map_err(io::Error::from);
+        let slot = starts.and_then(|starts| Some((starts, starts.slot_for(&bytes)?)));
+        let Some((starts, slot)) = slot else {
+            // Its name too must be on the disk before the command is sent: after a loss of power the number must not be
+            // given again.
+            file.sync_data()?;
+            name()?;
+            self.sync()?;
+            return Ok(None);
+        };
+        // What has no name has no slot either, or it would be found there after a loss of power.
+        let written = name().and_then(|()| starts.write(&slot, &bytes));
+        match written {
+            Ok(()) => Ok(Some(slot)),
+            Err(error) => {
+                starts.give_back(slot);
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes the file in which starts are durable before their own files are.
+    pub(crate) fn make_starts(&self) -> io::Result<Starts> {
+        Starts::make(&self.starts())
+    }
+
+    /// Makes the file that the end of a command needs.
+    pub(crate) fn prepare_end(&self, sequence: u64) -> io::Result<()> {
+        append_to(&self.beside(sequence)).map(drop)
+    }
+
+    /// Makes the file in which the next command will begin.
+    pub(crate) fn prepare_next(&self) -> io::Result<()> {
+        append_to(&self.next()).map(drop)
+    }
+
+    /// Makes an output that is not there, for a command that has written nothing and never will: one more name of the one
+    /// empty file, which takes less than a file does.
+    fn make_empty(&self, sequence: u64, stream: Stream) -> io::Result<()> {
+        let (empty, path) = (self.path().join(".empty"), self.output(sequence, stream));
+        if !empty.exists() {
+            drop(File::options().append(true).create(true).mode(0o400).open(&empty));
+        }
+        match std::fs::hard_link(&empty, &path) {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            // Not every file system has names to give, and none has any number of them.
+            Err(_) => append_to(&path).map(drop),
+        }
+    }
+
+    /// Makes entries durable: those that have begun, and those that have ended with what they wrote.
+    pub(crate) fn settle(&self, begun: impl IntoIterator<Item = u64>, ended: &[Ended]) -> io::Result<()> {
+        for Ended { sequence, streams } in ended {
+            for &stream in streams {
+                File::open(self.output(*sequence, stream))?.sync_data()?;
+            }
+        }
+        let entries: BTreeSet<_> =
+            begun.into_iter().chain(ended.iter().map(|ended| ended.sequence)).collect();
+        for sequence in entries {
+            File::open(self.json(sequence))?.sync_data()?;
+        }
+        self.sync()?;
+        for Ended { sequence, .. } in ended {
+            files::remove_if_there(&self.beside(*sequence))?;
+        }
+        Ok(())
+    }
+
+    /// What nobody can finish any more: commands that ran when their supervisor or the host went down.
+    pub(crate) fn interrupt_all(&self, host_restarted: bool) -> io::Result<()> {
+        // A task runs no more than so many at once, and gives numbers in ascending order; but an old one may have
+        // run all the while, so all are looked at unless the directory says that it is in order.
+        let mark = self.path().join(".in-order");
+        if mark.exists() {
+            return Ok(());
+        }
+        self.keep_whole_ones()?;
+        for sequence in self.sequences()? {
+            let Some(mut entry) = self.entry(sequence)?.filter(|entry| entry.status == EntryStatus::Running)
+            else {
+                continue;
+            };
+            let size =
+                |stream| std::fs::metadata(self.output(sequence, stream)).map_or(0, |found| found.len());
+            entry.status = EntryStatus::Interrupted;
+            entry.fault = Some(Fault::GuestLost);
+            entry.stdout_bytes = size(Stream::Stdout);
+            entry.stderr_bytes = size(Stream::Stderr);
+            entry.recorded_at = now();
+            let what =
+                if host_restarted { "the host was restarted" } else { "the task's supervisor was killed" };
+            entry.reason = Some(format!("{what} while it ran"));
+            for stream in [Stream::Stdout, Stream::Stderr] {
+                self.make_empty(sequence, stream)?;
+            }
+            files::put(&self.json(sequence), &json(&entry)?)?;
+        }
+        self.sync()?;
+        File::create(mark).map(drop)
+    }
+
+    /// Of each command whose entry had not settled: its end where that is whole, else its start.
+    fn keep_whole_ones(&self) -> io::Result<()> {
+        let mut starts: BTreeMap<_, _> =
+            starts::read(&self.starts())?.into_iter().map(|start| (start.sequence, start)).collect();
+        let sequences: BTreeSet<_> = self.sequences()?.into_iter().chain(starts.keys().copied()).collect();
+        for sequence in sequences {
+            let (path, beside) = (self.json(sequence), self.beside(sequence));
+            let (start, has_beside) = (starts.remove(&sequence), beside.exists());
+            if start.is_none() && !has_beside {
+                continue;
+            }
+            if self.is_whole(&path, sequence)? {
+                if has_beside {
+                    File::open(&path)?.sync_data()?;
+                    self.sync()?;
+                }
+            } else if self.is_whole(&beside, sequence)? {
+                fs_err::rename(&beside, &path)?;
+            } else if let Some(start) = start {
+                files::put(&path, &json(&start)?)?;
+            }
+            files::remove_if_there(&beside)?;
+        }
+        Ok(())
+    }
+
+    fn is_whole(&self, path: &Path, sequence: u64) -> io::Result<bool> {
+        let bytes = match files::read_bounded(path, MOST_ENTRY) {
+            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => return Ok(false),
+            read => read?.unwrap_or_default(),
+        };
+        let entry = serde_json::from_slice::<JournalEntry>(&bytes);
+        Ok(entry.is_ok_and(|entry| entry.sequence == sequence))
+    }
+
+    /// A supervisor takes over: from now on entries may be left running.
+    pub(crate) fn take_over(&self) -> io::Result<()> {
+        files::remove_if_there(&self.path().join(".in-order"))?;
+        self.sync()
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        files::sync_directory(self.path())
+    }
+
+    /// Where an end is written before it changes places with the start.
+    fn beside(&self, sequence: u64) -> PathBuf {
+        self.path().join(format!(".{sequence:06}.json.beside"))
+    }
+
+    fn starts(&self) -> PathBuf {
+        self.path().join(".starts")
+    }
+
+    /// Where a start is written before it has its name.
+    fn next(&self) -> PathBuf {
+        self.path().join(".next.json")
+    }
+}
+
+impl Writer {
+    /// Appends output. What is past the limit is counted and dropped.
+    ///
+    /// # Errors
+    /// When the file system refuses; then nothing of `bytes` may be passed on.
+    pub(crate) fn append(&mut self, stream: Stream, bytes: &[u8]) -> io::Result<()> {
+        let entry = &mut self.entry;
+        let (file, total, dropped) = match stream {
+            Stream::Stdout => (&mut self.stdout, &mut entry.stdout_bytes, &mut entry.stdout_dropped_bytes),
+            Stream::Stderr => (&mut self.stderr, &mut entry.stderr_bytes, &mut entry.stderr_dropped_bytes),
+        };
+        let kept = *total - *dropped;
+        let room = usize::try_from(STREAM_LIMIT.saturating_sub(kept)).unwrap_or(usize::MAX).min(bytes.len());
+        if file.is_none() {
+            *file = Some(append_to(&self.journal.output(entry.sequence, stream))?);
+        }
+        if let Some(file) = file {
+            file.write_all(&bytes[..room])?;
+        }
+        *total += bytes.len() as u64;
+        *dropped += (bytes.len() - room) as u64;
+        Ok(())
+    }
+
+    /// Replaces the entry with its end, which everybody reads from now on. What it gives back must be settled.
+    pub(crate) fn finish(&mut self) -> io::Result<Ended> {
+        self.entry.recorded_at = now();
+        let sequence = self.entry.sequence;
+        let mut streams = Vec::new();
+        for (file, stream) in [(&self.stdout, Stream::Stdout), (&self.stderr, Stream::Stderr)] {
+            match file {
+                Some(_) => streams.push(stream),
+                None => self.journal.make_empty(sequence, stream)?,
+            }
+        }
+        let (path, beside) = (self.journal.json(sequence), self.journal.beside(sequence));
+        let written = write_to(&beside, &json(&self.entry)?)?;
+        match renameat_with(CWD, &beside, CWD, &path, RenameFlags::EXCHANGE) {
+            Ok(()) => {}
+            // Not every file system can do that.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                written.sync_data()?;
+                fs_err::rename(&beside, &path)?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+        Ok(Ended { sequence, streams })
+    }
+}
+
+/// A file to append to, made where it is not there.
+fn append_to(path: &Path) -> io::Result<File> {
+    File::options().append(true).create(true).open(path)
+}
+
+fn json(entry: &JournalEntry) -> io::Result<Vec<u8>> {
+    serde_json::to_vec_pretty(entry).map_err(io::Error::other)
+}
+
+/// Writes an entry where nobody looks for one.
+fn write_to(path: &Path, bytes: &[u8]) -> io::Result<File> {
+    let mut file = File::options().write(true).create(true).truncate(true).open(path)?;
+    file.write_all(bytes)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn journal() -> (tempfile::TempDir, Journal) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let journal = Journal::new(dir.path().to_owned());
+        (dir, journal)
+    }
+
+    pub(crate) fn new(command: &str) -> NewEntry {
+        NewEntry {
+            command: command.to_owned(),
+            cwd: "/workspace".to_owned(),
+            execution_mode: "guest_serial".to_owned(),
+            request_id: format!("request of {command}"),
+        }
+    }
+
+    /// Begins a command without slots.
+    pub(crate) fn begin(journal: &Journal, sequence: u64, command: &str) -> io::Result<Writer> {
+        journal.begin(sequence, new(command), None).map(|(writer, _no_slot)| writer)
+    }
+
+    #[test]
+    fn an_entry_is_there_from_its_start_and_its_output_as_it_comes() {
+        let (_dir, journal) = journal();
+        let mut writer = begin(&journal, 1, "make").expect("begun");
+        assert_eq!(journal.entry(1).expect("read").expect("there").status, EntryStatus::Running);
+        writer.append(Stream::Stdout, b"caf\xc3").expect("written");
+        assert_eq!(journal.text(1, Stream::Stdout, 100).expect("read"), ("caf\u{fffd}".to_owned(), false));
+        writer.append(Stream::Stdout, b"\xa9").expect("written");
+        writer.entry.status = EntryStatus::Finished;
+        writer.entry.exit_code = Some(0);
+        writer.finish().expect("finished");
+        let entry = journal.entry(1).expect("read").expect("there");
+        assert_eq!((entry.status, entry.stdout_bytes), (EntryStatus::Finished, 5));
+        assert_eq!(journal.text(1, Stream::Stdout, 100).expect("read").0, "café");
+        assert_eq!(journal.entry_of_request("request of make").expect("read"), Some(entry));
+        assert_eq!(journal.entry_of_request("another").expect("read"), None);
+    }
+
+    #[test]
+    fn a_number_is_given_once() {
+        let (_dir, journal) = journal();
+        begin(&journal, 7, "first").expect("begun");
+        let error = begin(&journal, 7, "second").expect_err("taken");
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(journal.entry(7).expect("read").expect("there").command, "first");
+        assert_eq!(journal.last_sequence().expect("read"), 7);
+    }
+
+    #[test]
+    fn output_past_the_limit_is_counted_and_dropped() {
+        let (_dir, journal) = journal();
+        let mut writer = begin(&journal, 1, "yes").expect("begun");
+        let piece = vec![b'y'; 3 << 20];
+        for _ in 0..23 {
+            writer.append(Stream::Stderr, &piece).expect("written");
+        }
+        writer.finish().expect("finished");
+        let entry = journal.entry(1).expect("read").expect("there");
+        assert_eq!((entry.stderr_bytes, entry.stderr_dropped_bytes), (69 << 20, 5 << 20));
+        let (text, truncated) = journal.text(1, Stream::Stderr, 1000).expect("read");
+        assert!(truncated && text.len() < 1100, "{}", text.len());
+    }
+
+    #[test]
+    fn what_ran_when_the_supervisor_died_is_interrupted_with_its_output() {
+        let (_dir, journal) = journal();
+        let mut writer = begin(&journal, 1, "sleep").expect("begun");
+        writer.append(Stream::Stdout, b"so far").expect("written");
+        drop(writer);
+        journal.interrupt_all(false).expect("interrupted");
+        let entry = journal.entry(1).expect("read").expect("there");
+        assert_eq!((entry.status, entry.stdout_bytes), (EntryStatus::Interrupted, 6));
+        assert_eq!(
+            File::open(journal.output(1, Stream::Stderr)).expect("made").metadata().expect("read").len(),
+            0
+        );
+        assert_eq!(entry.reason.as_deref(), Some("the task's supervisor was killed while it ran"));
+        journal.take_over().expect("taken over");
+        drop(begin(&journal, 2, "more").expect("begun"));
+        journal.interrupt_all(true).expect("interrupted");
+        assert_eq!(journal.entry(2).expect("read").expect("there").status, EntryStatus::Interrupted);
+    }
+
+    /// A command that has ended, and whose end is not settled.
+    pub(crate) fn ended(journal: &Journal, sequence: u64) -> Ended {
+        let mut writer = begin(journal, sequence, "make").expect("begun");
+        journal.prepare_end(sequence).expect("made");
+        journal.prepare_next().expect("made");
+        writer.append(Stream::Stdout, b"done").expect("written");
+        writer.entry.status = EntryStatus::Finished;
+        writer.finish().expect("finished")
+    }
+
+    fn status(journal: &Journal, sequence: u64) -> EntryStatus {
+        journal.entry(sequence).expect("read").expect("there").status
+    }
+
+    fn names(dir: &tempfile::TempDir) -> Vec<String> {
+        let names = fs_err::read_dir(dir.path()).expect("read");
+        let mut names: Vec<_> =
+            names.map(|entry| entry.expect("read").file_name().into_string().expect("text")).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn an_end_is_read_at_once_and_nothing_is_beside_it_once_it_is_settled() {
+        let (dir, journal) = journal();
+        let first = ended(&journal, 1);
+        assert_eq!(status(&journal, 1), EntryStatus::Finished);
+        let second = ended(&journal, 2);
+        assert!(names(&dir).contains(&".000001.json.beside".to_owned()));
+        journal.settle([2], &[first, second]).expect("settled");
+        let kept = [
+            "000001.json",
+            "000001.stderr",
+            "000001.stdout",
+            "000002.json",
+            "000002.stderr",
+            "000002.stdout",
+        ];
+        assert_eq!(names(&dir), [&[".empty", ".next.json"], &kept[..]].concat());
+    }
+
+    #[test]
+    fn an_end_that_a_loss_of_power_took_leaves_the_start_and_one_that_it_spared_stays() {
+        let (dir, journal) = journal();
+        drop([ended(&journal, 1), ended(&journal, 2), ended(&journal, 3)]);
+        fs_err::write(dir.path().join("000001.json"), "").expect("lost");
+        fs_err::write(dir.path().join("000002.json"), "").expect("lost");
+        fs_err::write(dir.path().join(".000002.json.beside"), "{").expect("lost as well");
+        // Its end was being written when everything was killed.
+        drop(begin(&journal, 4, "sleep").expect("begun"));
+        fs_err::write(dir.path().join(".000004.json.beside"), "{\"sequence\": 4,").expect("written");
+        journal.interrupt_all(true).expect("interrupted");
+        let first = journal.entry(1).expect("read").expect("there");
+        assert_eq!((first.command.as_str(), first.status), ("make", EntryStatus::Interrupted));
+        assert!(journal.entry(2).expect("read").expect("told").reason.expect("said").contains("damaged"));
+        assert_eq!(status(&journal, 3), EntryStatus::Finished);
+        let fourth = journal.entry(4).expect("read").expect("there");
+        assert_eq!((fourth.command.as_str(), fourth.status), ("sleep", EntryStatus::Interrupted));
+        assert!(!names(&dir).iter().any(|name| name.ends_with(".beside")), "{:?}", names(&dir));
+    }
+
+    #[test]
+    fn a_start_in_a_slot_survives_a_loss_of_power_without_a_file_of_its_own() {
+        let (dir, journal) = journal();
+        let starts = journal.make_starts().expect("made");
+        for sequence in 1..=5 {
+            let (mut writer, slot) = journal.begin(sequence, new("make"), Some(&starts)).expect("begun");
+            assert!(slot.is_some());
+            if sequence == 3 || sequence == 4 {
+                writer.entry.status = EntryStatus::Finished;
+                drop(writer.finish().expect("finished"));
+            }
+        }
+        let path = |name: &str| dir.path().join(name);
+        fs_err::remove_file(path("000005.json")).expect("its name was lost");
+        fs_err::write(path("000002.json"), "").expect("its bytes were lost");
+        fs_err::write(path("000003.json"), "").expect("those of its end were lost");
+        fs_err::remove_file(path(".000003.json.beside")).expect("and the name of its start");
+        journal.interrupt_all(true).expect("interrupted");
+        for sequence in [1, 2, 3, 5] {
+            let entry = journal.entry(sequence).expect("read").expect("there");
+            assert_eq!(
+                (entry.command.as_str(), entry.status),
+                ("make", EntryStatus::Interrupted),
+                "{sequence}"
+            );
+        }
+        assert_eq!(status(&journal, 4), EntryStatus::Finished);
+        assert_eq!(journal.last_sequence().expect("read"), 5, "no number is given twice");
+    }
+
+    #[test]
+    fn silent_commands_share_one_empty_file_and_others_have_their_own() {
+        let (dir, journal) = journal();
+        for sequence in [1, 2] {
+            let ended = ended(&journal, sequence);
+            journal.settle([], &[ended]).expect("settled");
+        }
+        let lengths = |name: &str| fs_err::metadata(dir.path().join(name)).expect("there").len();
+        assert_eq!(["000001.stderr", "000002.stderr"].map(lengths), [0, 0]);
+        assert_eq!(["000001.stdout", "000002.stdout"].map(lengths), [4, 4]);
+        fs_err::remove_file(dir.path().join(".empty")).expect("removed");
+        journal.make_empty(3, Stream::Stdout).expect("made");
+        journal.make_empty(1, Stream::Stdout).expect("it is there");
+        assert_eq!(["000001.stdout", "000003.stdout"].map(lengths), [4, 0]);
+    }
+
+    #[test]
+    fn a_command_that_has_no_number_has_no_slot() {
+        let (dir, journal) = journal();
+        let starts = journal.make_starts().expect("made");
+        let long = NewEntry { command: "x".repeat(5000), ..new("") };
+        assert!(journal.begin(1, long, Some(&starts)).expect("begun").1.is_none());
+        let error = journal.begin(1, new("second"), Some(&starts)).expect_err("taken");
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(starts::read(&dir.path().join(".starts")).expect("read"), []);
+    }
+}
