@@ -44,6 +44,14 @@ pub(crate) fn read_bounded(path: &Path, most: u64) -> io::Result<Option<Vec<u8>>
     Ok(Some(bytes))
 }
 
+/// What a file holds; nothing where it is not there, or holds more than pyro would have written.
+pub(crate) fn read_or_nothing(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    match read_bounded(path, most) {
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Ok(Vec::new()),
+        read => Ok(read?.unwrap_or_default()),
+    }
+}
+
 /// Removes a file; that there is none is what is wanted.
 pub(crate) fn remove_if_there(path: &Path) -> io::Result<()> {
     match fs_err::remove_file(path) {

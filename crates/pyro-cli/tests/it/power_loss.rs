@@ -73,10 +73,16 @@ fn after_a_loss_of_power_each_task_is_whole_or_gone_and_each_entry_readable() {
                 "{entry}"
             );
             assert!(matches!(entry["status"].as_str(), Some("finished" | "interrupted")), "{entry}");
+            let file =
+                pyro.task_file(id, &format!("commands/{}", entry["stdout_file"].as_str().expect("a name")));
+            let length = fs::metadata(file).expect("there").len();
+            assert!(length >= entry["stdout_bytes"].as_u64().expect("a number"), "{entry}");
         }
     }
+    let sent = pyro.logs(&kept).len();
+    assert_eq!(sent, 6, "a command that was sent is on record");
     for id in [&kept, &stopped] {
-        // What a caller was told of was on the disk, but for the names of the last moment.
+        // What a caller was told of was on the disk, but for the ends of the last moment.
         let finished = |entry: &&Value| entry["status"] == "finished";
         assert!(pyro.logs(id).iter().filter(finished).count() >= 4, "{:?}", pyro.logs(id));
         assert_eq!(pyro.status(id)["state"], "stopped");

@@ -145,7 +145,9 @@ impl Supervisor {
     /// What was told to have ended is on the disk when this returns: the host may be about to go down.
     async fn settle_entries(&self) {
         let unsettled = Arc::clone(&self.unsettled);
-        drop(tokio::task::spawn_blocking(move || unsettled.settle()).await);
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || unsettled.settle()).await {
+            super::serve::complain(&format!("the ends of commands are not on the disk yet: {error}"));
+        }
     }
 
     /// Leaves the task without anything that could run a command.

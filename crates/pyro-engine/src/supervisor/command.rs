@@ -31,7 +31,7 @@ pub(super) type Events = Pin<Box<dyn tokio_stream::Stream<Item = Result<Event, t
 type Caller = mpsc::Sender<Result<Event, tonic::Status>>;
 
 impl Supervisor {
-    /// Begins a command; its events come on the channel. Its entry is on disk when this returns.
+    /// Begins a command; its events come on the channel. Its start is on disk when this returns.
     pub(super) async fn exec(
         self: &Arc<Self>,
         exec: ExecSpec,
@@ -153,8 +153,8 @@ impl Supervisor {
         let sequence = writer.entry.sequence;
         // As output, it goes to the kernel and no further for now; to have another thread do it takes longer.
         let entry = match writer.finish() {
-            Ok(ended) => {
-                self.unsettled.ended(ended);
+            Ok(()) => {
+                self.unsettled.ended(sequence);
                 Some(writer.entry)
             }
             Err(error) => {
@@ -184,7 +184,7 @@ impl Supervisor {
                     Ok((writer, done))
                 });
                 match again.await {
-                    Ok((_, Ok(ended))) => return supervisor.unsettled.ended(ended),
+                    Ok((written, Ok(()))) => return supervisor.unsettled.ended(written.entry.sequence),
                     Err(_) => return,
                     Ok((unfinished, Err(_full))) => writer = unfinished,
                 }

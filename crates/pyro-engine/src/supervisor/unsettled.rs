@@ -1,16 +1,19 @@
 //! The entries that become durable in their own time: whoever waits has its answer by then, and few writes to the disk serve
 //! all commands that have begun or ended meanwhile.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::task::journal::Journal;
 use crate::task::starts::{Slot, Starts};
-use crate::task::writer::{Ended, NewEntry, Writer};
+use crate::task::writer::{NewEntry, Writer};
 
 /// How much later than it can be read an entry may become durable.
 const LATER: Duration = Duration::from_millis(50);
+/// Between two attempts at a disk that refuses.
+const AT_MOST: Duration = Duration::from_secs(10);
 
 /// What of a journal may not be on the disk, or not in its place.
 #[derive(Debug)]
@@ -26,7 +29,7 @@ pub(super) struct Unsettled {
 #[derive(Debug, Default)]
 struct Due {
     begun: Vec<(u64, Slot)>,
-    ended: Vec<Ended>,
+    ended: Vec<u64>,
     /// Somebody looks after them soon.
     is_looked_after: bool,
 }
@@ -46,8 +49,8 @@ impl Unsettled {
     }
 
     /// A command has ended.
-    pub(super) fn ended(self: &Arc<Self>, ended: Ended) {
-        self.add(|due| due.ended.push(ended));
+    pub(super) fn ended(self: &Arc<Self>, sequence: u64) {
+        self.add(|due| due.ended.push(sequence));
     }
 
     /// Makes what the next command needs, while nobody waits. To be called where it may block.
@@ -67,17 +70,26 @@ impl Unsettled {
     fn add(self: &Arc<Self>, add: impl FnOnce(&mut Due)) {
         let mut due = self.due();
         add(&mut due);
-        if std::mem::replace(&mut due.is_looked_after, true) {
-            return;
+        if !std::mem::replace(&mut due.is_looked_after, true) {
+            drop(tokio::spawn(Arc::clone(self).look_after()));
         }
-        drop(due);
-        let unsettled = Arc::clone(self);
-        drop(tokio::spawn(async move {
-            tokio::time::sleep(LATER).await;
-            unsettled.due().is_looked_after = false;
-            // What cannot be written down now is so with the next command.
-            drop(tokio::task::spawn_blocking(move || unsettled.settle()));
-        }));
+    }
+
+    /// Settles until nothing is due. There is one who does this, so that no more than one thread waits for the disk.
+    async fn look_after(self: Arc<Self>) {
+        let mut pause = LATER;
+        loop {
+            tokio::time::sleep(pause).await;
+            let unsettled = Arc::clone(&self);
+            let settled = tokio::task::spawn_blocking(move || unsettled.settle()).await;
+            let mut due = self.due();
+            if due.begun.is_empty() && due.ended.is_empty() {
+                due.is_looked_after = false;
+                return;
+            }
+            // There is no event for a disk that takes something again.
+            pause = if matches!(settled, Ok(Ok(()))) { LATER } else { (pause * 2).min(AT_MOST) };
+        }
     }
 
     /// Makes durable what is not.
@@ -87,18 +99,28 @@ impl Unsettled {
             let mut due = self.due();
             (std::mem::take(&mut due.begun), std::mem::take(&mut due.ended))
         };
-        if begun.is_empty() && ended.is_empty() {
+        let sequences: BTreeSet<_> =
+            begun.iter().map(|(sequence, _)| *sequence).chain(ended.clone()).collect();
+        if sequences.is_empty() {
             return Ok(());
         }
-        let settled = self.journal.settle(begun.iter().map(|(sequence, _)| *sequence), &ended);
-        if settled.is_err() {
-            let mut due = self.due();
-            due.begun.extend(begun);
-            due.ended.extend(ended);
-        } else if let Some(starts) = self.starts.get() {
-            begun.into_iter().for_each(|(_, slot)| starts.give_back(slot));
+        let (settled, mut result) = self.journal.settle(&sequences);
+        for sequence in ended {
+            // The start stands beside the end until nobody needs it any more.
+            let forgotten =
+                if settled.contains(&sequence) { self.journal.forget_start(sequence) } else { Ok(()) };
+            if !settled.contains(&sequence) || forgotten.is_err() {
+                self.due().ended.push(sequence);
+            }
+            result = result.and(forgotten);
         }
-        settled
+        for (sequence, slot) in begun {
+            match self.starts.get() {
+                Some(starts) if settled.contains(&sequence) => starts.give_back(slot),
+                _ => self.due().begun.push((sequence, slot)),
+            }
+        }
+        result
     }
 
     fn due(&self) -> MutexGuard<'_, Due> {
@@ -113,39 +135,56 @@ impl Unsettled {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::task::writer::tests::{ended, journal, new};
+    use crate::task::writer::tests::{end, journal, new};
 
     #[tokio::test]
     async fn ends_are_looked_after_once_and_later() {
         let (dir, journal) = journal();
         let unsettled = Unsettled::of(journal.clone());
         for sequence in [1, 2] {
-            unsettled.ended(ended(&journal, sequence));
+            end(&journal, sequence);
+            unsettled.ended(sequence);
         }
         assert!(unsettled.due().ended.len() == 2 && unsettled.due().is_looked_after);
-        let beside = dir.path().join(".000002.json.beside");
-        while beside.exists() {
+        while unsettled.due().is_looked_after {
             tokio::time::sleep(LATER).await;
         }
-        unsettled.settle().expect("nothing is due");
-        assert!(unsettled.due().ended.is_empty() && !unsettled.due().is_looked_after);
+        assert!(unsettled.due().ended.is_empty() && !dir.path().join(".000002.json.beside").exists());
     }
 
     #[tokio::test]
-    async fn what_cannot_be_made_durable_stays_due_and_keeps_its_slot() {
+    async fn one_that_cannot_be_made_durable_stays_due_and_holds_no_other() {
         let (dir, journal) = journal();
-        let unsettled = Unsettled::of(journal);
+        let unsettled = Unsettled::of(journal.clone());
         drop(unsettled.begin(1, new("the first has no slot")).expect("begun"));
         assert!(unsettled.due().begun.is_empty());
         unsettled.prepare().expect("made");
-        drop(unsettled.begin(2, new("make")).expect("begun"));
+        for sequence in [2, 3] {
+            drop(unsettled.begin(sequence, new("make")).expect("begun"));
+        }
         let (path, away) = (dir.path().join("000002.json"), dir.path().join("away"));
         fs_err::rename(&path, &away).expect("moved");
-        unsettled.settle().expect_err("it is not there");
-        assert_eq!(unsettled.due().begun.len(), 1);
+        // What is in its place can be opened by nobody.
+        std::os::unix::fs::symlink("000002.json", &path).expect("made");
+        unsettled.settle().expect_err("it leads nowhere");
+        let due = || unsettled.due().begun.iter().map(|(sequence, _)| *sequence).collect::<Vec<_>>();
+        assert_eq!(due(), [2]);
         fs_err::rename(&away, &path).expect("moved");
         unsettled.settle().expect("settled");
-        assert!(unsettled.due().begun.is_empty());
+        assert_eq!(due(), [0; 0]);
+    }
+
+    #[tokio::test]
+    async fn what_somebody_has_removed_is_settled() {
+        let (dir, journal) = journal();
+        let unsettled = Unsettled::of(journal.clone());
+        for (sequence, gone) in [(1, "000001.stdout"), (2, "000002.json")] {
+            end(&journal, sequence);
+            unsettled.ended(sequence);
+            fs_err::remove_file(dir.path().join(gone)).expect("removed");
+        }
+        unsettled.settle().expect("settled");
+        assert!(unsettled.due().ended.is_empty());
     }
 
     #[tokio::test]

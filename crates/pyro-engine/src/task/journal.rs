@@ -6,7 +6,11 @@
 //! commands/000001.stderr
 //! ```
 //!
-//! Only the supervisor writes (`super::writer`); anybody may read. An entry is durable before its command is sent to the
+//! Names with a dot in front are the writer's own: `.starts` (`super::starts`); `.next.json`, in which the next start will be
+//! written; `.000001.json.beside`, an end that is being written and then the start that it has replaced; `.empty`, the
+//! output of all commands that have none; `.in-order`, which says that nothing is left running.
+//!
+//! Only the supervisor writes (`super::writer`); anybody may read. A start is durable before its command is sent to the
 //! guest, and a name that exists is never written anew, so that a sequence number is given once. Output that was passed on
 //! to anybody is in the file first.
 

@@ -41,14 +41,6 @@ pub(crate) struct Writer {
     stderr: Option<File>,
 }
 
-/// A command whose end can be read, and is not durable yet.
-#[derive(Clone, Debug)]
-pub(crate) struct Ended {
-    sequence: u64,
-    /// The streams that hold something.
-    streams: Vec<Stream>,
-}
-
 impl Journal {
     /// Gives the next command its number: the start is on disk when this returns, and the command may be sent. Where that is
     /// in a slot, the entry must be settled before the slot is given back.
@@ -117,7 +109,10 @@ impl Journal {
         match written {
             Ok(()) => Ok(Some(slot)),
             Err(error) => {
-                starts.give_back(slot);
+                // One that cannot be written may hold anything, and serves nobody any more.
+                if error.kind() == io::ErrorKind::AlreadyExists {
+                    starts.give_back(slot);
+                }
                 Err(error)
             }
         }
@@ -153,23 +148,37 @@ impl Journal {
         }
     }
 
-    /// Makes entries durable: those that have begun, and those that have ended with what they wrote.
-    pub(crate) fn settle(&self, begun: impl IntoIterator<Item = u64>, ended: &[Ended]) -> io::Result<()> {
-        for Ended { sequence, streams } in ended {
-            for &stream in streams {
-                File::open(self.output(*sequence, stream))?.sync_data()?;
+    /// Makes entries durable as they are now, with their output; gives back those that are, and what went wrong with others.
+    /// Those that are gone need nothing any more.
+    pub(crate) fn settle(&self, sequences: &BTreeSet<u64>) -> (BTreeSet<u64>, io::Result<()>) {
+        let (mut settled, mut result) = (BTreeSet::new(), Ok(()));
+        for &sequence in sequences {
+            match unless_gone(self.settle_one(sequence)) {
+                Ok(()) => drop(settled.insert(sequence)),
+                Err(error) => result = Err(error),
             }
         }
-        let entries: BTreeSet<_> =
-            begun.into_iter().chain(ended.iter().map(|ended| ended.sequence)).collect();
-        for sequence in entries {
-            File::open(self.json(sequence))?.sync_data()?;
+        match unless_gone(self.sync()) {
+            Ok(()) => (settled, result),
+            Err(error) => (BTreeSet::new(), Err(error)),
         }
-        self.sync()?;
-        for Ended { sequence, .. } in ended {
-            files::remove_if_there(&self.beside(*sequence))?;
+    }
+
+    fn settle_one(&self, sequence: u64) -> io::Result<()> {
+        // Opened first: whichever entry this is, all that it tells of was written before.
+        let entry = File::open(self.json(sequence))?;
+        for stream in [Stream::Stdout, Stream::Stderr] {
+            unless_gone(File::open(self.output(sequence, stream)).and_then(|output| {
+                let is_silent = output.metadata()?.len() == 0;
+                if is_silent { Ok(()) } else { output.sync_data() }
+            }))?;
         }
-        Ok(())
+        entry.sync_data()
+    }
+
+    /// Lets go of the start of a command whose end has settled.
+    pub(crate) fn forget_start(&self, sequence: u64) -> io::Result<()> {
+        files::remove_if_there(&self.beside(sequence))
     }
 
     /// What nobody can finish any more: commands that ran when their supervisor or the host went down.
@@ -218,7 +227,7 @@ impl Journal {
             }
             if self.is_whole(&path, sequence)? {
                 if has_beside {
-                    File::open(&path)?.sync_data()?;
+                    self.settle_one(sequence)?;
                     self.sync()?;
                 }
             } else if self.is_whole(&beside, sequence)? {
@@ -231,13 +240,19 @@ impl Journal {
         Ok(())
     }
 
+    /// Whether this is the entry of that command, and what it tells of is there.
     fn is_whole(&self, path: &Path, sequence: u64) -> io::Result<bool> {
-        let bytes = match files::read_bounded(path, MOST_ENTRY) {
-            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => return Ok(false),
-            read => read?.unwrap_or_default(),
+        let bytes = files::read_or_nothing(path, MOST_ENTRY)?;
+        let Ok(entry) = serde_json::from_slice::<JournalEntry>(&bytes) else { return Ok(false) };
+        let streams = [
+            (Stream::Stdout, entry.stdout_bytes.saturating_sub(entry.stdout_dropped_bytes)),
+            (Stream::Stderr, entry.stderr_bytes.saturating_sub(entry.stderr_dropped_bytes)),
+        ];
+        let is_there = |(stream, kept)| {
+            let length = std::fs::metadata(self.output(sequence, stream)).map_or(0, |output| output.len());
+            length >= kept
         };
-        let entry = serde_json::from_slice::<JournalEntry>(&bytes);
-        Ok(entry.is_ok_and(|entry| entry.sequence == sequence))
+        Ok(entry.sequence == sequence && streams.into_iter().all(is_there))
     }
 
     /// A supervisor takes over: from now on entries may be left running.
@@ -289,29 +304,34 @@ impl Writer {
         Ok(())
     }
 
-    /// Replaces the entry with its end, which everybody reads from now on. What it gives back must be settled.
-    pub(crate) fn finish(&mut self) -> io::Result<Ended> {
+    /// Replaces the entry with its end, which everybody reads from now on, and which must be settled.
+    pub(crate) fn finish(&mut self) -> io::Result<()> {
         self.entry.recorded_at = now();
         let sequence = self.entry.sequence;
-        let mut streams = Vec::new();
         for (file, stream) in [(&self.stdout, Stream::Stdout), (&self.stderr, Stream::Stderr)] {
-            match file {
-                Some(_) => streams.push(stream),
-                None => self.journal.make_empty(sequence, stream)?,
+            if file.is_none() {
+                self.journal.make_empty(sequence, stream)?;
             }
         }
         let (path, beside) = (self.journal.json(sequence), self.journal.beside(sequence));
         let written = write_to(&beside, &json(&self.entry)?)?;
         match renameat_with(CWD, &beside, CWD, &path, RenameFlags::EXCHANGE) {
-            Ok(()) => {}
-            // Not every file system can do that.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+            Ok(()) => Ok(()),
+            // Not every file system can do that; and somebody may have removed the start.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::NOENT) => {
                 written.sync_data()?;
-                fs_err::rename(&beside, &path)?;
+                fs_err::rename(&beside, &path)
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => Err(error.into()),
         }
-        Ok(Ended { sequence, streams })
+    }
+}
+
+/// What is done for a file that is not there any more need not be done.
+fn unless_gone(done: io::Result<()>) -> io::Result<()> {
+    match done {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => done,
     }
 }
 
@@ -418,14 +438,24 @@ pub(crate) mod tests {
         assert_eq!(journal.entry(2).expect("read").expect("there").status, EntryStatus::Interrupted);
     }
 
-    /// A command that has ended, and whose end is not settled.
-    pub(crate) fn ended(journal: &Journal, sequence: u64) -> Ended {
+    /// Runs a command, whose end is not settled then.
+    pub(crate) fn end(journal: &Journal, sequence: u64) {
         let mut writer = begin(journal, sequence, "make").expect("begun");
         journal.prepare_end(sequence).expect("made");
         journal.prepare_next().expect("made");
         writer.append(Stream::Stdout, b"done").expect("written");
         writer.entry.status = EntryStatus::Finished;
-        writer.finish().expect("finished")
+        writer.finish().expect("finished");
+    }
+
+    fn settle(journal: &Journal, sequences: &[u64]) {
+        let sequences = sequences.iter().copied().collect();
+        let (settled, result) = journal.settle(&sequences);
+        result.expect("settled");
+        assert_eq!(settled, sequences);
+        for sequence in sequences {
+            journal.forget_start(sequence).expect("removed");
+        }
     }
 
     fn status(journal: &Journal, sequence: u64) -> EntryStatus {
@@ -443,11 +473,11 @@ pub(crate) mod tests {
     #[test]
     fn an_end_is_read_at_once_and_nothing_is_beside_it_once_it_is_settled() {
         let (dir, journal) = journal();
-        let first = ended(&journal, 1);
+        end(&journal, 1);
         assert_eq!(status(&journal, 1), EntryStatus::Finished);
-        let second = ended(&journal, 2);
+        end(&journal, 2);
         assert!(names(&dir).contains(&".000001.json.beside".to_owned()));
-        journal.settle([2], &[first, second]).expect("settled");
+        settle(&journal, &[1, 2]);
         let kept = [
             "000001.json",
             "000001.stderr",
@@ -462,7 +492,10 @@ pub(crate) mod tests {
     #[test]
     fn an_end_that_a_loss_of_power_took_leaves_the_start_and_one_that_it_spared_stays() {
         let (dir, journal) = journal();
-        drop([ended(&journal, 1), ended(&journal, 2), ended(&journal, 3)]);
+        for sequence in [1, 2, 3, 5] {
+            end(&journal, sequence);
+        }
+        fs_err::write(dir.path().join("000005.stdout"), "do").expect("the rest was lost");
         fs_err::write(dir.path().join("000001.json"), "").expect("lost");
         fs_err::write(dir.path().join("000002.json"), "").expect("lost");
         fs_err::write(dir.path().join(".000002.json.beside"), "{").expect("lost as well");
@@ -474,6 +507,11 @@ pub(crate) mod tests {
         assert_eq!((first.command.as_str(), first.status), ("make", EntryStatus::Interrupted));
         assert!(journal.entry(2).expect("read").expect("told").reason.expect("said").contains("damaged"));
         assert_eq!(status(&journal, 3), EntryStatus::Finished);
+        assert_eq!(
+            status(&journal, 5),
+            EntryStatus::Interrupted,
+            "it would tell of output that is not there"
+        );
         let fourth = journal.entry(4).expect("read").expect("there");
         assert_eq!((fourth.command.as_str(), fourth.status), ("sleep", EntryStatus::Interrupted));
         assert!(!names(&dir).iter().any(|name| name.ends_with(".beside")), "{:?}", names(&dir));
@@ -488,7 +526,7 @@ pub(crate) mod tests {
             assert!(slot.is_some());
             if sequence == 3 || sequence == 4 {
                 writer.entry.status = EntryStatus::Finished;
-                drop(writer.finish().expect("finished"));
+                writer.finish().expect("finished");
             }
         }
         let path = |name: &str| dir.path().join(name);
@@ -513,8 +551,8 @@ pub(crate) mod tests {
     fn silent_commands_share_one_empty_file_and_others_have_their_own() {
         let (dir, journal) = journal();
         for sequence in [1, 2] {
-            let ended = ended(&journal, sequence);
-            journal.settle([], &[ended]).expect("settled");
+            end(&journal, sequence);
+            settle(&journal, &[sequence]);
         }
         let lengths = |name: &str| fs_err::metadata(dir.path().join(name)).expect("there").len();
         assert_eq!(["000001.stderr", "000002.stderr"].map(lengths), [0, 0]);
@@ -523,6 +561,16 @@ pub(crate) mod tests {
         journal.make_empty(3, Stream::Stdout).expect("made");
         journal.make_empty(1, Stream::Stdout).expect("it is there");
         assert_eq!(["000001.stdout", "000003.stdout"].map(lengths), [4, 0]);
+    }
+
+    #[test]
+    fn an_end_is_written_also_where_somebody_has_removed_the_start() {
+        let (dir, journal) = journal();
+        let mut writer = begin(&journal, 1, "make").expect("begun");
+        fs_err::remove_file(dir.path().join("000001.json")).expect("removed");
+        writer.entry.status = EntryStatus::Finished;
+        writer.finish().expect("finished");
+        assert_eq!(status(&journal, 1), EntryStatus::Finished);
     }
 
     #[test]
