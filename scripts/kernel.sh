@@ -14,14 +14,15 @@ if [ ! -s "$built" ]; then
     tar -xf "$source" -C "$tree" --strip-components=1
     # Who built it, when and where is no part of it: the same input gives the same bytes.
     export KBUILD_BUILD_TIMESTAMP=@1770000000 KBUILD_BUILD_USER=pyro KBUILD_BUILD_HOST=pyro KCONFIG_NOTIMESTAMP=1
-    make -s -C "$tree" tinyconfig
+    # What they say is not for whoever reads the path.
+    make -s -C "$tree" tinyconfig > /dev/null
     (cd "$tree" && scripts/kconfig/merge_config.sh -m .config "$OLDPWD/kernel/config" > /dev/null)
-    make -s -C "$tree" olddefconfig
+    make -s -C "$tree" olddefconfig > /dev/null
     # What the configuration asks for and the kernel does not know is a mistake in it.
     grep '^CONFIG_.*=y$' kernel/config | while read -r line; do
         grep -qx "$line" "$tree/.config" || { echo "kernel/config: not taken: $line" >&2; exit 1; }
     done
-    make -s -C "$tree" -j "$(nproc)" vmlinux
+    make -s -C "$tree" -j "$(nproc)" vmlinux >&2
     strip -o "$built.new" "$tree/vmlinux"
     mv "$built.new" "$built"
     rm -rf "$tree"
