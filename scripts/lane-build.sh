@@ -69,7 +69,7 @@ if [ -d "$guest-own" ]; then
     mkdir "$image/guest-own"
     cp -L --sparse=always "$guest-own"/* "$image/guest-own/"
 fi
-cp "$firecracker/firecracker" "$firecracker/jailer" "$image/firecracker/"
+cp "$firecracker/firecracker" "$image/firecracker/"
 chmod -R a+rX "$image"
 rm -f "$lane/lane.erofs"
 mkfs.erofs "$lane/lane.erofs" "$image" > /dev/null

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use pyro_vmm::host::{HostFacts, find_qemu, firecracker_version, qemu_version};
+use pyro_vmm::host::{HostFacts, find_qemu, firecracker_version};
 use pyro_vmm::source::{self, Found, NAMED, SourceError};
 use pyro_vmm::{
     Accel, BackendKind, Confine, Driver, Firecracker, FirecrackerConfig, Isolation, Qemu, QemuConfig, Vmm,
@@ -10,7 +10,7 @@ use pyro_vmm::{
 
 use crate::engine::{Engine, EngineConfig};
 use crate::error::{Error, ErrorKind};
-use crate::live::{Boot, Running, StartTimes, unavailable};
+use crate::live::{Boot, Running, StartTimes, not_launched, unavailable};
 
 const KVM_HINT: &str =
     "run `pyro doctor` to see why; without --backend, guests run in software where there is no KVM";
@@ -145,17 +145,8 @@ impl Engine {
 
     fn firecracker(&self, found: Found) -> Result<Driver, Error> {
         let version = self.firecracker_version(&found)?;
-        // Its jailer needs root; whoever is not confines it as an ordinary user can. Root without a jailer would run it
-        // as root.
-        let confine = match found.jailer {
-            Some(jailer) if rustix::process::geteuid().is_root() => Confine::Jailer(jailer),
-            None if rustix::process::geteuid().is_root() => {
-                let text = format!("there is no jailer beside {}", found.firecracker.display());
-                return Err(unavailable(&text).hint("put the jailer of the same release beside it"));
-            }
-            _ => Confine::Namespaces,
-        };
-        let config = FirecrackerConfig { binary: found.firecracker, version, confine, omitted: None };
+        let binary = found.firecracker;
+        let config = FirecrackerConfig { binary, version, confine: self.confine() };
         Ok(Driver::Firecracker(Firecracker::new(config)))
     }
 
@@ -163,12 +154,31 @@ impl Engine {
         let binary = find_qemu(&self.inner.config.tool_path).ok_or_else(|| {
             unavailable("qemu-system-x86_64 is not installed").hint("apt-get install qemu-system-x86")
         })?;
-        let version = qemu_version(&binary, &self.host_cache()).map_err(|error| {
-            unavailable(&error.to_string()).hint("reinstall it: apt-get install --reinstall qemu-system-x86")
-        })?;
         let accel = if facts.kvm.usable { Accel::Kvm } else { Accel::Tcg { tsc_khz: facts.tsc_khz } };
-        let config = QemuConfig { binary, version: version.version, sandbox: version.sandbox, accel };
+        let config =
+            QemuConfig::ask(binary, &self.host_cache(), accel, self.confine()).map_err(|error| {
+                let hint = "reinstall it: apt-get install --reinstall qemu-system-x86";
+                unavailable(&error.to_string()).hint(hint)
+            })?;
         Ok(Driver::Qemu(Qemu::new(config)))
+    }
+
+    /// Whether this host lets a VMM be kept apart from it, found out by making a jail with nothing in it.
+    ///
+    /// # Errors
+    /// When the host refuses, or the VMM cannot be shown in a jail.
+    pub(crate) fn probe_confinement(&self, vmm: &Driver) -> Result<(), Error> {
+        let name = crate::files::random_hex(6).map_err(|error| Error::host("random numbers", &error))?;
+        // What a killed process leaves there is swept.
+        let dir = self.inner.registry.state_dir().join("trash").join(name);
+        fs_err::create_dir(&dir).map_err(|error| Error::state(&dir, &error))?;
+        let probed = vmm.probe_confinement(&dir);
+        drop(fs_err::remove_dir_all(&dir));
+        probed.map_err(|error| not_launched(&error))
+    }
+
+    fn confine(&self) -> Confine {
+        if self.inner.config.unconfined_vmm { Confine::Nothing } else { Confine::JAIL }
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use pyro_image::Check;
 use pyro_vmm::host::{HostFacts, KvmProbe};
-use pyro_vmm::{Confine, Driver, Vmm};
+use pyro_vmm::{Driver, Element, Vmm};
 use serde::Serialize;
 
 use crate::budget::free_disk_mib;
@@ -64,10 +64,8 @@ pub struct VmmFacts {
     pub name: String,
     pub version: String,
     pub binary: String,
-    /// Whether it confines itself with seccomp.
-    pub sandbox: bool,
-    /// What else keeps it apart from the host: `jailer`, `namespaces` or `none`.
-    pub confine: String,
+    /// What keeps it apart from the host, each of which a launch must show; empty where it was told to run unconfined.
+    pub confinement: Vec<String>,
 }
 
 /// A Firecracker that is installed, whether or not it can be used here.
@@ -76,7 +74,6 @@ pub struct VmmFacts {
 pub struct FirecrackerFacts {
     pub version: String,
     pub binary: String,
-    pub jailer: Option<String>,
     /// How it was found: `named`, `store` (installed by pyro) or `path`.
     pub origin: String,
 }
@@ -126,7 +123,7 @@ impl Diagnosis {
     /// Looks at this machine. What cannot be looked at becomes an issue.
     pub fn make(config: &EngineConfig) -> Self {
         let began = Instant::now();
-        let mut issues = Vec::new();
+        let (mut issues, mut is_confinable) = (Vec::new(), true);
         let engine = Engine::open(config.clone());
         let engine = match engine {
             Ok(engine) => Some(engine),
@@ -157,6 +154,12 @@ impl Diagnosis {
                 None
             }
         });
+        if let (Some(engine), Some(vmm)) = (&engine, &vmm)
+            && let Err(error) = engine.probe_confinement(vmm)
+        {
+            issues.push(Issue::of(&error));
+            is_confinable = false;
+        }
         let isolation = vmm.as_ref().map(|vmm| vmm.capabilities().isolation.as_str());
         let cache = EnvironmentCache::look(engine.as_ref(), config, &mut issues);
         let checks = engine.as_ref().map(|engine| engine.environments().doctor()).unwrap_or_default();
@@ -174,7 +177,7 @@ impl Diagnosis {
                 remedy: "remove what it names, or mend its owner and mode".to_owned(),
             });
         }
-        let runtime_ok = vmm.is_some() && (buildable || !cache.installed.is_empty());
+        let runtime_ok = vmm.is_some() && is_confinable && (buildable || !cache.installed.is_empty());
         Self {
             platform: format!("{}-{}", std::env::consts::OS, std::env::consts::ARCH),
             runtime_ok,
@@ -184,7 +187,6 @@ impl Diagnosis {
             firecracker: firecracker.map(|(found, version)| FirecrackerFacts {
                 version,
                 binary: found.firecracker.display().to_string(),
-                jailer: found.jailer.map(|jailer| jailer.display().to_string()),
                 origin: found.origin.to_owned(),
             }),
             capabilities: Capabilities {
@@ -211,22 +213,15 @@ impl Diagnosis {
 
 impl VmmFacts {
     fn of(driver: &Driver) -> Self {
-        let (binary, sandbox, confine) = match driver {
-            Driver::Firecracker(driver) => {
-                let confine = match driver.config().confine {
-                    Confine::Jailer(_) => "jailer",
-                    Confine::Namespaces => "namespaces",
-                };
-                (&driver.config().binary, true, confine)
-            }
-            Driver::Qemu(driver) => (&driver.config().binary, driver.config().sandbox, "none"),
+        let (binary, confine) = match driver {
+            Driver::Firecracker(driver) => (&driver.config().binary, &driver.config().confine),
+            Driver::Qemu(driver) => (&driver.config().binary, &driver.config().confine),
         };
         Self {
             name: driver.kind().as_str().to_owned(),
             version: driver.version().to_owned(),
             binary: binary.display().to_string(),
-            sandbox,
-            confine: confine.to_owned(),
+            confinement: confine.required().into_iter().map(Element::as_str).map(str::to_owned).collect(),
         }
     }
 }

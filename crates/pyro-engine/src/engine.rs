@@ -39,6 +39,8 @@ pub struct EngineConfig {
     /// Keep one machine running for the next command of the kind that was run last: right for a process that lives long
     /// and runs many.
     pub spare: bool,
+    /// Run VMMs with nothing that keeps them apart from the host, for hosts that refuse what a jail needs. Records say so.
+    pub unconfined_vmm: bool,
     /// Live machines and tasks on this state directory at the most.
     pub max_active_vms: u32,
     /// The longest life that may be asked for, in seconds.

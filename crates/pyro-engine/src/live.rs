@@ -136,13 +136,7 @@ impl Running {
         deadline: Duration,
     ) -> Result<(Self, StartTimes), Error> {
         let began = Instant::now();
-        let machine = machine.await.map_err(|error| {
-            let failed = unavailable(&format!("phase=start: {}", chain(&error)));
-            match error.hint() {
-                Some(hint) => failed.hint(hint),
-                None => failed,
-            }
-        })?;
+        let machine = machine.await.map_err(|error| not_launched(&error))?;
         let start = began.elapsed();
         let met = tokio::select! {
             exit = machine.wait() => return Err(boot_failed(&exit)),
@@ -362,6 +356,15 @@ pub(crate) fn lay_disk(from: &Path, overlay: &Path) -> Result<(), Error> {
 /// An error in the words of the contract, section 6.
 pub(crate) fn unavailable(reason: &str) -> Error {
     Error::new(ErrorKind::GuestUnavailable, host_refused("guest boot", reason))
+}
+
+/// A VMM that did not start, in the same words.
+pub(crate) fn not_launched(error: &LaunchError) -> Error {
+    let failed = unavailable(&format!("phase=start: {}", chain(error)));
+    match error.hint() {
+        Some(hint) => failed.hint(hint),
+        None => failed,
+    }
 }
 
 /// The same, where the guest is there and cannot be spoken to.

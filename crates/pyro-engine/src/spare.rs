@@ -157,6 +157,7 @@ mod tests {
             firecracker: None,
             template_limit_mib: 4096,
             spare: true,
+            unconfined_vmm: false,
             max_active_vms: cap,
             max_ttl_seconds: 3600,
             supervisor: None,

@@ -7,8 +7,8 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use pyro_vmm::host::{HostFacts, find_qemu, qemu_version};
-use pyro_vmm::{Accel, DiskCache, MachineSpec, Qemu, QemuConfig, Vmm};
+use pyro_vmm::host::{HostFacts, find_qemu};
+use pyro_vmm::{Accel, Confine, DiskCache, MachineSpec, Qemu, QemuConfig, Vmm};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 #[tokio::main]
@@ -23,9 +23,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let facts = HostFacts::load(&cache);
     println!("kvm: {:?}, tsc: {:?} kHz", facts.kvm, facts.tsc_khz);
     let binary = find_qemu(&std::env::var_os("PATH").unwrap_or_default()).ok_or("no QEMU")?;
-    let found = qemu_version(&binary, &cache)?;
     let accel = if facts.kvm.usable { Accel::Kvm } else { Accel::Tcg { tsc_khz: facts.tsc_khz } };
-    let qemu = Qemu::new(QemuConfig { binary, version: found.version, sandbox: found.sandbox, accel });
+    let qemu = Qemu::new(QemuConfig::ask(binary, &cache, accel, Confine::JAIL)?);
     let absolute = |path: &Path| fs_err::canonicalize(path);
     let spec = MachineSpec {
         dir: std::env::current_dir()?,

@@ -1,5 +1,7 @@
 //! One of the drivers, chosen at run time.
 
+use std::path::Path;
+
 use crate::error::LaunchError;
 use crate::firecracker::Firecracker;
 use crate::machine::Machine;
@@ -31,6 +33,22 @@ impl Driver {
             Self::Firecracker(driver) => &driver.config().version,
             Self::Qemu(driver) => &driver.config().version,
         }
+    }
+
+    /// Finds out whether the VMM can be kept apart from this host, by making a jail with nothing in it below `dir`, a
+    /// directory of the caller's.
+    ///
+    /// # Errors
+    /// When the host refuses what a jail is made of, or the VMM cannot be shown in one.
+    pub fn probe_confinement(&self, dir: &Path) -> Result<(), LaunchError> {
+        let confine = match self {
+            Self::Firecracker(driver) => &driver.config().confine,
+            Self::Qemu(driver) => {
+                driver.config().check_confinable()?;
+                &driver.config().confine
+            }
+        };
+        crate::confine::probe(confine, dir)
     }
 
     /// Whether guests are emulated in software.

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::confine::Confine;
 use crate::MachineExit;
 
 /// Why a machine did not start.
@@ -36,6 +37,12 @@ pub enum LaunchError {
         /// What the host said.
         source: io::Error,
     },
+    /// The VMM needs files that a jail cannot hold.
+    #[error("a jail cannot hold the VMM: {why}")]
+    Unjailable {
+        /// What is in the way.
+        why: String,
+    },
     /// The VMM ended before it had accepted its configuration.
     #[error("the VMM ended at once ({}): {}", exit.status, last_words(exit))]
     ExitedAtOnce {
@@ -58,13 +65,25 @@ pub enum LaunchError {
 }
 
 impl LaunchError {
+    /// What a refused start means: hosts that allow no namespaces refuse what a jail is made of.
+    pub(crate) fn of_spawn(confine: &Confine, binary: PathBuf, source: io::Error) -> Self {
+        // Forbidden, by two names; and the number of namespaces limited to none.
+        let refusals = [libc::EPERM, libc::EACCES, libc::ENOSPC];
+        let is_refusal = source.raw_os_error().is_some_and(|number| refusals.contains(&number))
+            || source.kind() == io::ErrorKind::PermissionDenied;
+        if *confine != Confine::Nothing && is_refusal {
+            return Self::Confine { source };
+        }
+        Self::Spawn { binary, source }
+    }
+
     /// A stable name of the kind of error.
     pub fn code(&self) -> &'static str {
         match self {
             Self::BinaryMissing { .. } => "vmm_missing",
             Self::BadSpec { .. } => "bad_machine_spec",
             Self::Spawn { .. } => "vmm_spawn_failed",
-            Self::Confine { .. } => "vmm_unconfined",
+            Self::Confine { .. } | Self::Unjailable { .. } => "vmm_unconfined",
             Self::ExitedAtOnce { .. } => "vmm_exited",
             Self::Control { .. } => "vmm_unresponsive",
             Self::Unconfined { .. } => "vmm_unconfined",
@@ -79,10 +98,19 @@ impl LaunchError {
             }
             Self::BinaryMissing { .. } => Some("install it again: pyro env firecracker --from ARCHIVE"),
             Self::BadSpec { .. } => None,
+            Self::Unconfined { missing } if missing.contains("seccomp") => Some(
+                "install a QEMU that is built with seccomp, or run without what keeps it apart from the host: \
+                 --unconfined-vmm (PYRO_UNCONFINED_VMM=1)",
+            ),
             Self::Unconfined { .. } => Some("run `pyro doctor`; this host's kernel does not keep a promise"),
             Self::Confine { .. } => Some(
-                "allow user namespaces: sysctl kernel.unprivileged_userns_clone=1, \
-                 user.max_user_namespaces=1000, kernel.apparmor_restrict_unprivileged_userns=0; or run as root",
+                "allow user namespaces: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), \
+                 kernel.unprivileged_userns_clone=1 (Debian), user.max_user_namespaces=10000; or run as root; \
+                 or without what keeps the VMM apart from the host: --unconfined-vmm (PYRO_UNCONFINED_VMM=1)",
+            ),
+            Self::Unjailable { .. } => Some(
+                "install the distribution's own qemu-system-x86, or run without what keeps it apart from the host: \
+                 --unconfined-vmm (PYRO_UNCONFINED_VMM=1)",
             ),
             Self::Spawn { .. } => Some("check the limits on processes, open files and memory of this host"),
             Self::ExitedAtOnce { exit } if exit.stderr_tail.contains("Cannot allocate memory") => {

@@ -9,7 +9,7 @@
 //! No machine outlives the process that launched it, none outlives its [`Machine`], and neither the guest nor
 //! the VMM can make this process hold more than a fixed number of their bytes.
 
-mod confinement;
+mod confine;
 mod control;
 mod driver;
 mod error;
@@ -23,10 +23,10 @@ mod spec;
 mod tail;
 mod watch;
 
-pub use confinement::{Confinement, Element};
+pub use confine::{Confine, Confinement, Element, control_group_of, forget, remove_control_group};
 pub use driver::Driver;
 pub use error::{ControlError, LaunchError};
-pub use firecracker::{Confine, Firecracker, FirecrackerConfig, forget, source};
+pub use firecracker::{Firecracker, FirecrackerConfig, source};
 pub use machine::{Machine, MachineEnd, MachineExit};
 pub use qemu::qmp;
 pub use qemu::{Accel, Qemu, QemuConfig};

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::net::UnixStream;
 
-use crate::confinement::Confinement;
+use crate::confine::Confinement;
 use crate::control::Control;
 use crate::error::ControlError;
 use crate::process::VmmProcess;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pyro_vmm::{
-    Accel, ControlError, DiskCache, LaunchError, Machine, MachineEnd, MachineSpec, Qemu, QemuConfig, Vmm,
+    Accel, Confine, ControlError, DiskCache, LaunchError, Machine, MachineEnd, MachineSpec, Qemu, QemuConfig, Vmm,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -79,7 +79,15 @@ impl Fake {
 
 fn qemu(binary: PathBuf) -> Qemu {
     let accel = Accel::Tcg { tsc_khz: None };
-    Qemu::new(QemuConfig { binary, version: "0".to_owned(), sandbox: false, accel })
+    Qemu::new(QemuConfig {
+        binary,
+        version: "0".to_owned(),
+        sandbox: false,
+        files: Err("a script".to_owned()),
+        preload: None,
+        accel,
+        confine: Confine::Nothing,
+    })
 }
 
 /// Neither running nor a zombie.

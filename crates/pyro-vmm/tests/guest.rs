@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use pyro_vmm::host::{find_qemu, measure_tsc_khz, qemu_version};
-use pyro_vmm::{Accel, DiskCache, LaunchError, Machine, MachineEnd, MachineSpec, Qemu, QemuConfig, Vmm};
+use pyro_vmm::host::{find_qemu, measure_tsc_khz};
+use pyro_vmm::{Accel, Confine, DiskCache, LaunchError, Machine, MachineEnd, MachineSpec, Qemu, QemuConfig, Vmm};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -39,9 +39,9 @@ impl Bench {
             return None;
         };
         let dir = tempfile::tempdir().expect("a directory");
-        let found = qemu_version(&binary, &dir.path().join("cache.json")).expect("a version");
         let accel = Accel::Tcg { tsc_khz: measure_tsc_khz() };
-        let config = QemuConfig { binary, version: found.version, sandbox: found.sandbox, accel };
+        let cache = dir.path().join("cache.json");
+        let config = QemuConfig::ask(binary, &cache, accel, Confine::JAIL).expect("a version");
         // Names that an option string would split.
         let (rootfs, overlay) = (dir.path().join("root,fs:1.erofs"), dir.path().join("over lay.ext4"));
         sparse_file(&rootfs, b"ROOT", 1 << 20);

@@ -42,18 +42,13 @@ fn lines(found: &Diagnosis) -> Vec<String> {
             || "VMM: none".to_owned(),
             |vmm| {
                 let (name, version, binary) = (&vmm.name, &vmm.version, &vmm.binary);
-                format!(
-                    "VMM: {name} {version} ({binary}) sandbox={} confine={}",
-                    word(vmm.sandbox),
-                    vmm.confine
-                )
+                format!("VMM: {name} {version} ({binary}) confinement={}", list(&vmm.confinement))
             },
         ),
         found.firecracker.as_ref().map_or_else(
             || "Firecracker: not installed (pyro env firecracker --from ARCHIVE installs it)".to_owned(),
             |found| {
-                let jailer = word(found.jailer.is_some());
-                format!("Firecracker: {} ({}, {}) jailer={jailer}", found.version, found.binary, found.origin)
+                format!("Firecracker: {} ({}, {})", found.version, found.binary, found.origin)
             },
         ),
         format!(

@@ -114,7 +114,6 @@ async fn firecracker(engine: &Engine, from: Option<PathBuf>, printer: &Printer) 
     if printer.json() {
         printer.object(&json!({
             "firecracker": found.firecracker,
-            "jailer": found.jailer,
             "version": FIRECRACKER_VERSION,
         }));
     } else {

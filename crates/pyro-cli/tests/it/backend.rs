@@ -72,7 +72,7 @@ fn the_tested_firecracker_is_installed_from_an_archive_and_doctor_names_it() {
     let report = with_cache(&pyro, dir.path(), &["doctor", "--json"], &[]);
     let found = &report["firecracker"];
     assert_eq!((&found["version"], &found["origin"]), (&"1.12.1".into(), &"store".into()), "{report}");
-    assert_eq!((&found["binary"], &found["jailer"]), (&installed["firecracker"], &installed["jailer"]));
+    assert_eq!(found["binary"], installed["firecracker"]);
     // An archive that is named is what it was installed from.
     let named = [("PYRO_FIRECRACKER", archive.as_path())];
     let report = with_cache(&pyro, dir.path(), &["doctor", "--json"], &named);
@@ -114,10 +114,7 @@ fn a_firecracker_of_ones_own_must_be_there_and_new_enough() {
     program(&own, "Firecracker v1.15.1 ");
     let report = doctor(&own);
     assert_eq!(report["firecracker"]["version"], "1.15.1", "{report}");
-    assert_eq!(
-        (&report["firecracker"]["origin"], &report["firecracker"]["jailer"]),
-        (&"named".into(), &Value::Null)
-    );
+    assert_eq!(report["firecracker"]["origin"], "named");
 }
 
 /// The probe of KVM is made to lie: what it says is kept in a file.

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pyro_engine::EngineConfig;
-use pyro_vmm::host::{HostFacts, find_qemu, qemu_version};
-use pyro_vmm::{Accel, DiskCache, MachineSpec, Qemu, QemuConfig};
+use pyro_vmm::host::{HostFacts, find_qemu};
+use pyro_vmm::{Accel, Confine, DiskCache, MachineSpec, Qemu, QemuConfig};
 
 pub(crate) fn variable(name: &str) -> PathBuf {
     std::env::var_os(name).map(PathBuf::from).unwrap_or_else(|| panic!("{name} is not set; use `make bench`"))
@@ -22,6 +22,7 @@ pub(crate) fn config(state: &Path, max_active_vms: u32) -> EngineConfig {
         firecracker: None,
         template_limit_mib: 4096,
         spare: false,
+        unconfined_vmm: false,
         max_active_vms,
         max_ttl_seconds: 3600,
         supervisor: Some(variable("PYRO_TEST_PROGRAM")),
@@ -32,10 +33,9 @@ pub(crate) fn config(state: &Path, max_active_vms: u32) -> EngineConfig {
 pub(crate) fn bare_qemu(config: &EngineConfig) -> Qemu {
     let cache = config.state_dir.join("host.json");
     let binary = find_qemu(&config.tool_path).expect("QEMU is installed");
-    let version = qemu_version(&binary, &cache).expect("it tells its version");
     let facts = HostFacts::load(&cache);
     let accel = if facts.kvm.usable { Accel::Kvm } else { Accel::Tcg { tsc_khz: facts.tsc_khz } };
-    Qemu::new(QemuConfig { binary, version: version.version, sandbox: version.sandbox, accel })
+    Qemu::new(QemuConfig::ask(binary, &cache, accel, Confine::Nothing).expect("it tells its version"))
 }
 
 /// Processes whose command line holds a text.

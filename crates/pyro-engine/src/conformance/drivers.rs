@@ -2,29 +2,29 @@
 
 use std::path::PathBuf;
 
-use pyro_vmm::{Confine, Driver};
+use pyro_vmm::Driver;
 
 use crate::engine::{Engine, EngineConfig};
 
-pub(super) fn qemu() -> Result<Driver, String> {
+/// A driver, and the directory of what it needs beside its program.
+pub(super) type Had = (Driver, tempfile::TempDir);
+
+pub(super) fn qemu() -> Result<Had, String> {
     driver("qemu")
 }
 
-pub(super) fn firecracker() -> Result<(&'static str, Driver), String> {
+pub(super) fn firecracker() -> Result<(&'static str, Had), String> {
     // A helper machine's KVM works, but is emulated: on a busy host a probe of it may take longer than one lasts.
     let attempts = if std::env::var_os("PYRO_TEST_KVM").is_some() { 10 } else { 1 };
     let driver =
         (1..attempts).find_map(|_| driver("firecracker").ok()).map_or_else(|| driver("firecracker"), Ok);
-    let driver = driver.map_err(|why| format!("{why}; `make test-firecracker` brings one"))?;
-    let Driver::Firecracker(firecracker) = &driver else { return Err("it is another VMM".to_owned()) };
-    let name = match firecracker.config().confine {
-        Confine::Jailer(_) => "firecracker, jailer",
-        Confine::Namespaces => "firecracker, namespaces",
-    };
-    Ok((name, driver))
+    let had = driver.map_err(|why| format!("{why}; `make test-firecracker` brings one"))?;
+    let as_root = rustix::process::geteuid().is_root();
+    let name = if as_root { "firecracker, as root" } else { "firecracker, as an ordinary user" };
+    Ok((name, had))
 }
 
-fn driver(backend: &str) -> Result<Driver, String> {
+fn driver(backend: &str) -> Result<Had, String> {
     let dir = tempfile::tempdir().expect("a directory");
     let config = EngineConfig {
         state_dir: dir.path().join("state"),
@@ -37,11 +37,15 @@ fn driver(backend: &str) -> Result<Driver, String> {
         max_ttl_seconds: 60,
         template_limit_mib: 0,
         spare: false,
+        unconfined_vmm: false,
         supervisor: None,
     };
     let engine = Engine::open(config).expect("opened");
-    engine.vmm().map_err(|error| {
-        let kvm = engine.host_facts().kvm;
-        if kvm.usable { error.to_string() } else { format!("no usable KVM ({})", kvm.why) }
-    })
+    match engine.vmm() {
+        Ok(vmm) => Ok((vmm, dir)),
+        Err(error) => {
+            let kvm = engine.host_facts().kvm;
+            Err(if kvm.usable { error.to_string() } else { format!("no usable KVM ({})", kvm.why) })
+        }
+    }
 }

@@ -93,7 +93,7 @@ pub(super) async fn restores(bench: &Bench) {
         let spec = bench.spec();
         lay_disk(&kept.dir.join(OVERLAY), &spec.dir.join(OVERLAY)).expect("copied");
         let copy = bench.restore(spec, &saved).await;
-        super::confinement::is_there(bench, &copy);
+        super::confinement::is_there(&copy);
         assert_eq!(copy.text("cat /dev/shm/note").await, "remembered");
         let sleeping = copy.text("cat /proc/[0-9]*/comm | grep -c '^sleep$'").await;
         assert_eq!(sleeping, "1", "its processes go on");

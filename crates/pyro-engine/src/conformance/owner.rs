@@ -70,6 +70,7 @@ async fn owner() {
         _ => drivers::qemu().expect("a driver"),
     };
     let files = PathBuf::from(std::env::var_os("PYRO_TEST_GUEST").expect("set"));
+    let (driver, _kept) = driver;
     let guest = Bench::new(driver, files).boot_from_dir(dir).await;
     assert_eq!(guest.text("echo alive").await, "alive");
     println!("vmm {}", guest.running.machine.pid());

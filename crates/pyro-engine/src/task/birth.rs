@@ -58,6 +58,7 @@ pub(crate) struct OrderConfig {
     tool_path: OsString,
     backend: Option<String>,
     template_limit_mib: u64,
+    unconfined_vmm: bool,
     max_active_vms: u32,
     max_ttl_seconds: u32,
 }
@@ -79,6 +80,7 @@ impl From<&EngineConfig> for OrderConfig {
             tool_path: config.tool_path.clone(),
             backend: config.backend.clone(),
             template_limit_mib: config.template_limit_mib,
+            unconfined_vmm: config.unconfined_vmm,
             max_active_vms: config.max_active_vms,
             max_ttl_seconds: config.max_ttl_seconds,
         }
@@ -96,6 +98,7 @@ impl From<OrderConfig> for EngineConfig {
             backend: config.backend,
             template_limit_mib: config.template_limit_mib,
             spare: false,
+            unconfined_vmm: config.unconfined_vmm,
             max_active_vms: config.max_active_vms,
             max_ttl_seconds: config.max_ttl_seconds,
             supervisor: None,

@@ -42,8 +42,13 @@ pub(super) fn ruleset<'a>(
         let read = AccessFs::ReadFile | AccessFs::Execute;
         let write = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::IoctlDev;
         for (file, bind) in files {
+            let access = match bind {
+                Bind::Read => read,
+                Bind::Write if file.is_dir() => AccessFs::from_all(NEWEST),
+                Bind::Write => write,
+            };
             // A rule is about the file itself, so it holds wherever the file is shown.
-            ruleset = allow(ruleset, file, if bind == Bind::Read { read } else { write })?;
+            ruleset = allow(ruleset, file, access)?;
         }
         Ok(ruleset.into())
     };

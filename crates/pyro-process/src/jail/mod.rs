@@ -106,7 +106,7 @@ impl Jail {
         self
     }
 
-    /// Shows a file of the host at `target` below the child's root. It needs a mount namespace.
+    /// Shows a file or a directory of the host at `target` below the child's root. It needs a mount namespace.
     pub fn bind(&mut self, source: &Path, target: &Path, bind: Bind) -> &mut Self {
         let target = target.strip_prefix("/").unwrap_or(target);
         self.binds.push((source.to_owned(), target.to_owned(), bind));
@@ -184,6 +184,7 @@ impl Jail {
             binds.push(PreparedBind {
                 source: c_string(source)?,
                 target: c_string(&target)?,
+                makes_target: self.root == Root::Empty && !source.is_dir(),
                 read_only: match bind {
                     Bind::Read => Some(kept_flags(source)?),
                     Bind::Write => None,
@@ -218,6 +219,8 @@ impl Jail {
         for (_, target, _) in &self.binds {
             dirs.extend(target.ancestors().skip(1).filter(|dir| !dir.as_os_str().is_empty()));
         }
+        let shown = self.binds.iter().filter(|(source, _, _)| source.is_dir());
+        dirs.extend(shown.map(|(_, target, _)| target.as_path()));
         dirs.into_iter().map(|dir| c_string(&self.dir.join(dir))).collect()
     }
 
@@ -393,7 +396,7 @@ mod tests {
             return;
         }
         let script = format!("id -u; id -G; kill -9 {} || echo refused", std::process::id());
-        let text = in_empty_root(&script, |jail| drop(jail.user(2_000_000_123, &[7])));
+        let text = in_empty_root(&script, |jail| _ = jail.user(2_000_000_123, &[7]));
         assert_eq!(text, "2000000123\n2000000123 7\nrefused\nbefore");
     }
 

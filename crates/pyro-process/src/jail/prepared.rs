@@ -46,6 +46,8 @@ pub(super) enum PreparedRoot {
 pub(super) struct PreparedBind {
     pub(super) source: CString,
     pub(super) target: CString,
+    /// Whether an empty file must be made, over which the file is mounted.
+    pub(super) makes_target: bool,
     /// The flags of its mount, where it may not be written.
     pub(super) read_only: Option<MountFlags>,
 }
@@ -129,7 +131,7 @@ impl Prepared {
             }
         }
         for bind in &self.binds {
-            if let PreparedRoot::Empty { .. } = &self.root {
+            if bind.makes_target {
                 let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
                 drop(rustix::fs::open(&bind.target, flags, Mode::from_raw_mode(0o444))?);
             }

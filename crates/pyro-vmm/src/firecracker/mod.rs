@@ -1,7 +1,7 @@
-//! The Firecracker driver: configured through its API, confined by its jailer or in namespaces.
+//! The Firecracker driver: configured through its API. What it makes and what it is shown has the same name in every jail,
+//! so that a machine saved in one goes on in any other.
 
 mod api;
-mod jail;
 mod short;
 pub mod source;
 mod vsock;
@@ -13,17 +13,17 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pyro_process::{Bind, Spawn};
+use rustix::fs::{CWD, FileType, Mode};
 use tokio::net::UnixStream;
 
 use self::api::{
     Api, BootSource, Drive, InstanceActionInfo, MachineConfiguration, MemoryBackend, SnapshotCreateParams,
     SnapshotLoadParams, Vm, Vsock,
 };
-pub use self::jail::forget;
-use self::jail::{Jailed, Place};
 use self::short::ShortPath;
 use crate::Vmm;
-use crate::confinement::{Confinement, Element};
+use crate::confine::{self, Confine, Element, Expected, Needs};
 use crate::control::{Answer, Control};
 use crate::error::{ControlError, LaunchError};
 use crate::host::{cpu_identity, program_identity};
@@ -41,20 +41,25 @@ const BEAT: Duration = Duration::from_millis(2);
 /// How long it may take to start or restore the machine.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 const MAX_VCPUS: u8 = 32;
+
+/// The names of a machine's files in its root, which is also the working directory; saved machines refer to them.
+const PROGRAM: &str = "firecracker";
+const KERNEL: &str = "vmlinux";
+const INITRAMFS: &str = "initramfs";
+const ROOTFS: &str = "rootfs";
+const OVERLAY: &str = "overlay";
+const STATE: &str = "state";
+const MEMORY: &str = "memory";
+const API: &str = "run/api.sock";
+const VSOCK: &str = "run/vsock.sock";
+const LOG: &str = "run/log";
+const RANDOM: &str = "/dev/urandom";
+
 /// The address of the guest on its virtio socket, the first that is free.
 const GUEST_CID: u32 = 3;
 
 /// A reboot ends the machine, and its keyboard is not looked for.
 const KERNEL_ARGS: &[&str] = &["reboot=k", "i8042.nokbd", "i8042.nomux", "i8042.dumbkbd"];
-
-/// How to keep a Firecracker apart from the host.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Confine {
-    /// By its jailer, this program; it needs root.
-    Jailer(PathBuf),
-    /// By the namespaces of a user namespace, without any privilege.
-    Namespaces,
-}
 
 /// How to run Firecracker.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,15 +70,6 @@ pub struct FirecrackerConfig {
     pub version: String,
     /// What keeps it apart from the host.
     pub confine: Confine,
-    /// An element that is left out, for tests of whether a launch misses it. It always does.
-    #[doc(hidden)]
-    pub omitted: Option<Element>,
-}
-
-impl FirecrackerConfig {
-    fn gives(&self, element: Element) -> bool {
-        self.omitted != Some(element)
-    }
 }
 
 /// The driver.
@@ -86,8 +82,7 @@ pub struct Firecracker {
 struct Started {
     process: VmmProcess,
     sockets: Sockets,
-    expected: Vec<Element>,
-    landlock: bool,
+    expected: Expected,
 }
 
 /// Where the sockets of a running Firecracker are.
@@ -129,7 +124,7 @@ impl Firecracker {
             .await
             .unwrap_or_else(|error| Err(io::Error::other(error)))
             .map_err(|source| self.spawn_error(source))?;
-        let Started { process, sockets, expected, landlock } = started;
+        let Started { process, sockets, expected } = started;
         let configured = tokio::select! {
             biased;
             exit = process.wait() => return Err(LaunchError::ExitedAtOnce { exit: Box::new(exit) }),
@@ -139,26 +134,23 @@ impl Firecracker {
             Ok(api) => Arc::new(api),
             Err(source) => return Err(process.refused(source).await),
         };
-        let confinement = Confinement::observed(process.pid()).with_landlock(landlock);
-        if let Some(missing) = confinement.lacks(&expected) {
-            process.kill();
-            process.wait().await;
-            return Err(LaunchError::Unconfined { missing });
-        }
+        let confinement = match expected.observe(process.pid()) {
+            Ok(confinement) => confinement,
+            Err(unconfined) => {
+                process.kill();
+                process.wait().await;
+                return Err(unconfined);
+            }
+        };
         Ok(Machine::new(process, confinement, Box::new(FirecrackerControl { api, sockets })))
     }
 
     fn spawn_error(&self, source: io::Error) -> LaunchError {
-        let mut programs = vec![&self.config.binary];
-        programs.extend(match &self.config.confine {
-            Confine::Jailer(jailer) => Some(jailer),
-            Confine::Namespaces => None,
-        });
-        match programs.into_iter().find(|program| !program.exists()) {
-            Some(missing) => LaunchError::BinaryMissing { binary: missing.clone() },
-            None if is_refusal(&self.config.confine, &source) => LaunchError::Confine { source },
-            None => LaunchError::Spawn { binary: self.config.binary.clone(), source },
+        let binary = self.config.binary.clone();
+        if !binary.exists() {
+            return LaunchError::BinaryMissing { binary };
         }
+        LaunchError::of_spawn(&self.config.confine, binary, source)
     }
 }
 
@@ -191,45 +183,85 @@ impl Vmm for Firecracker {
     }
 }
 
-/// Whether the host has refused the namespaces: where they are forbidden, and where their number is limited to none.
-fn is_refusal(confine: &Confine, error: &io::Error) -> bool {
-    let refusals = [libc::EPERM, libc::EACCES, libc::ENOSPC];
-    *confine == Confine::Namespaces && error.raw_os_error().is_some_and(|number| refusals.contains(&number))
-}
-
 /// Makes the place and starts the process in it.
 fn start(config: &FirecrackerConfig, spec: &MachineSpec, from: Option<&Snapshot>) -> io::Result<Started> {
-    if matches!(config.confine, Confine::Jailer(_)) {
-        let saved = from.map(|snapshot| [&snapshot.state, &snapshot.memory]);
-        for file in
-            [&spec.kernel, &spec.initramfs, &spec.rootfs].into_iter().chain(saved.into_iter().flatten())
-        {
-            jail::make_readable(&spec.dir.join(file))?;
+    if spec.savable && from.is_none() {
+        // They are pyro's own, outside of what the VMM may turn elsewhere.
+        for file in [STATE, MEMORY] {
+            confine::make_empty(&spec.dir.join(file))?;
         }
     }
-    let Jailed { mut spawn, place, expected, landlock } = jail::make(config, spec, from)?;
+    let needs = needs(config, spec, from);
+    let (mut spawn, place) = if config.confine == Confine::Nothing {
+        let place = confine::unconfined(&needs)?;
+        (Spawn::new(&config.binary, place.base()), place)
+    } else {
+        let (jail, place) = confine::jail(&config.confine, &needs)?;
+        let mut spawn = Spawn::new(Path::new("/").join(PROGRAM), &spec.dir);
+        spawn.jail(jail);
+        (spawn, place)
+    };
+    spawn.args(["--id", &confine::machine_name(&spec.dir)]);
+    spawn.args(["--api-sock", API, "--log-path", LOG, "--level", "Warn"]);
+    if config.confine != Confine::Nothing && !config.confine.gives(Element::Seccomp) {
+        spawn.arg("--no-seccomp");
+    }
     let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
     let ((console, its_console), (stderr, its_stderr)) = (pipe()?, pipe()?);
     spawn.stdout(Stdio::from(its_console)).stderr(Stdio::from(its_stderr)).own_process_group();
-    let log = open_log(&place)?;
+    let log = make_log(&place.of(LOG))?;
     let sockets = Sockets {
-        api: place.path(jail::API),
-        vsock: place.path(jail::VSOCK),
-        saved: Snapshot { state: spec.dir.join(jail::STATE), memory: spec.dir.join(jail::MEMORY) },
+        api: place.of(API),
+        vsock: place.of(VSOCK),
+        saved: Snapshot { state: spec.dir.join(STATE), memory: spec.dir.join(MEMORY) },
     };
     let streams = Streams { console, stderr, log: Some(log) };
     let process = VmmProcess::new(spawn.spawn()?, streams, Box::new(place))?;
-    Ok(Started { process, sockets, expected, landlock })
+    Ok(Started { process, sockets, expected: Expected::of(&config.confine) })
 }
 
-/// The reading end of the pipe into which Firecracker writes its own words, apart from the guest's. It is opened for
+fn needs<'a>(config: &FirecrackerConfig, spec: &'a MachineSpec, from: Option<&Snapshot>) -> Needs<'a> {
+    let mut files = Vec::new();
+    let mut show = |source: &Path, name: &str, bind| files.push((source.to_owned(), name.into(), bind));
+    show(&config.binary, PROGRAM, Bind::Read);
+    show(&spec.rootfs, ROOTFS, Bind::Read);
+    show(&spec.overlay, OVERLAY, Bind::Write);
+    show(Path::new(RANDOM), RANDOM, Bind::Read);
+    match from {
+        Some(snapshot) => {
+            show(&snapshot.state, STATE, Bind::Read);
+            show(&snapshot.memory, MEMORY, Bind::Read);
+        }
+        None => {
+            show(&spec.kernel, KERNEL, Bind::Read);
+            show(&spec.initramfs, INITRAMFS, Bind::Read);
+            if spec.savable {
+                show(Path::new(STATE), STATE, Bind::Write);
+                show(Path::new(MEMORY), MEMORY, Bind::Write);
+            }
+        }
+    }
+    Needs {
+        dir: &spec.dir,
+        files,
+        devices: vec!["/dev/kvm"],
+        makes_files: true,
+        memory_mib: spec.memory_mib,
+        vcpus: spec.vcpus,
+    }
+}
+
+/// Makes the pipe into which Firecracker writes its own words, apart from the guest's; its reading end. It is opened for
 /// writing too, so that it does not end before Firecracker has begun.
-fn open_log(place: &Place) -> io::Result<OwnedFd> {
+fn make_log(path: &Path) -> io::Result<OwnedFd> {
     use fs_err::os::unix::fs::OpenOptionsExt;
 
+    rustix::fs::mknodat(CWD, path, FileType::Fifo, Mode::empty(), 0)?;
+    // The VMM's user is another than this one; the directory above is closed to everybody else.
+    fs_err::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o622))?;
     let mut options = fs_err::OpenOptions::new();
     options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
-    Ok(options.open(place.path(jail::LOG))?.into_file().into())
+    Ok(options.open(path)?.into_file().into())
 }
 
 /// Configures the machine and lets it run.
@@ -247,7 +279,7 @@ async fn configure(sockets: &Sockets, spec: &MachineSpec, restore: bool) -> Resu
         for drive in drives(spec) {
             api.call(&drive).await?;
         }
-        api.call(&Vsock { guest_cid: GUEST_CID, uds_path: jail::VSOCK }).await?;
+        api.call(&Vsock { guest_cid: GUEST_CID, uds_path: VSOCK }).await?;
         api.call(&InstanceActionInfo { action_type: "InstanceStart" }).await
     };
     match tokio::time::timeout(START_DEADLINE, started).await {
@@ -276,8 +308,8 @@ async fn connect_api(socket: &Path) -> Result<Api, ControlError> {
 
 fn boot_source(spec: &MachineSpec) -> BootSource {
     BootSource {
-        kernel_image_path: jail::KERNEL,
-        initrd_path: jail::INITRAMFS,
+        kernel_image_path: KERNEL,
+        initrd_path: INITRAMFS,
         boot_args: kernel_command_line(spec),
     }
 }
@@ -305,7 +337,7 @@ fn drives(spec: &MachineSpec) -> [Drive; 2] {
         cache_type,
         io_engine: "Sync",
     };
-    [drive(jail::ROOTFS, true, "Unsafe"), drive(jail::OVERLAY, false, cache_type(spec.overlay_cache))]
+    [drive(ROOTFS, true, "Unsafe"), drive(OVERLAY, false, cache_type(spec.overlay_cache))]
 }
 
 fn cache_type(cache: DiskCache) -> &'static str {
@@ -317,8 +349,8 @@ fn cache_type(cache: DiskCache) -> &'static str {
 
 fn load() -> SnapshotLoadParams {
     SnapshotLoadParams {
-        snapshot_path: jail::STATE,
-        mem_backend: MemoryBackend { backend_type: "File", backend_path: jail::MEMORY },
+        snapshot_path: STATE,
+        mem_backend: MemoryBackend { backend_type: "File", backend_path: MEMORY },
         resume_vm: true,
     }
 }
@@ -354,8 +386,8 @@ impl Control for FirecrackerControl {
         Box::pin(async {
             let save = SnapshotCreateParams {
                 snapshot_type: "Full",
-                snapshot_path: jail::STATE,
-                mem_file_path: jail::MEMORY,
+                snapshot_path: STATE,
+                mem_file_path: MEMORY,
             };
             self.call(save).await?;
             Ok(self.sockets.saved.clone())

@@ -17,15 +17,11 @@ use sha2::{Digest, Sha256};
 pub const VERSION: &str = "1.12.1";
 /// The oldest version that is used.
 const OLDEST: (u32, u32) = (1, 12);
-/// What the store's programs must be.
-const PROGRAMS: [(&str, &str); 2] = [
-    (FIRECRACKER, "b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930"),
-    (JAILER, "86622337f91df329cca72bb21cd1324fb8b6fa47931601d65ee4b2c72ef2cae5"),
-];
+/// What the store's program must be.
+const DIGEST: &str = "b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930";
 /// The origin of one that the user has named.
 pub const NAMED: &str = "named";
 const FIRECRACKER: &str = "firecracker";
-const JAILER: &str = "jailer";
 
 /// The largest archive, and the largest program in it, in bytes.
 const ARCHIVE_BYTES_MAX: u64 = 256 << 20;
@@ -40,8 +36,6 @@ const STAGING: &str = ".staging";
 pub struct Found {
     /// The program.
     pub firecracker: PathBuf,
-    /// Its jailer, where there is one beside it.
-    pub jailer: Option<PathBuf>,
     /// How it was found: `named`, `store` or `path`.
     pub origin: &'static str,
 }
@@ -72,12 +66,10 @@ pub enum SourceError {
         source: io::Error,
     },
     /// The archive holds something else than the version that is asked for.
-    #[error("{from} has no {program} of version {VERSION}: {what}")]
+    #[error("{from} has no {FIRECRACKER} of version {VERSION}: {what}")]
     OtherBytes {
         /// The archive.
         from: String,
-        /// Which program.
-        program: &'static str,
         /// What it has instead.
         what: String,
     },
@@ -167,13 +159,11 @@ pub fn install(from: &Path, store: &Path) -> Result<Found, SourceError> {
     let staging = store.join(STAGING);
     remove_if_there(&staging).map_err(failed(&staging))?;
     fs_err::create_dir(&staging).map_err(failed(&staging))?;
-    let programs = read_archive(from, &staging).inspect_err(|_| {
+    let program = read_archive(from, &staging).inspect_err(|_| {
         // Else the next installation does it.
         drop(remove_if_there(&staging));
     })?;
-    for (name, bytes) in &programs {
-        write_program(&staging.join(name), bytes).map_err(failed(&staging))?;
-    }
+    write_program(&staging.join(FIRECRACKER), &program).map_err(failed(&staging))?;
     remove_if_there(&staging.join(DOWNLOAD)).map_err(failed(&staging))?;
     remove_if_there(&place).map_err(failed(&place))?;
     File::open(&staging).and_then(|directory| directory.sync_all()).map_err(failed(&staging))?;
@@ -185,8 +175,8 @@ pub fn install(from: &Path, store: &Path) -> Result<Found, SourceError> {
 /// Where an archive is downloaded to.
 const DOWNLOAD: &str = "download";
 
-/// The programs of the archive, each of which is what it must be.
-fn read_archive(from: &Path, staging: &Path) -> Result<Vec<(&'static str, Vec<u8>)>, SourceError> {
+/// The program of the archive, which is what it must be.
+fn read_archive(from: &Path, staging: &Path) -> Result<Vec<u8>, SourceError> {
     let shown = from.display().to_string();
     let failed = |source| SourceError::Read { from: shown.clone(), source };
     let file = if is_address(from) {
@@ -195,31 +185,27 @@ fn read_archive(from: &Path, staging: &Path) -> Result<Vec<(&'static str, Vec<u8
         File::open(from).map_err(failed)?
     };
     let candidates = candidates(file).map_err(failed)?;
-    let mut programs = Vec::new();
-    for (program, expected) in PROGRAMS {
-        match candidates.right.iter().find(|(digest, _)| digest == expected) {
-            Some((_, bytes)) => programs.push((program, bytes.clone())),
-            None => {
-                let others = candidates.others.iter().filter(|(name, _)| name.starts_with(program));
-                let others: Vec<String> =
-                    others.take(4).map(|(name, digest)| format!("{name} has sha256 {digest}")).collect();
-                let what = if others.is_empty() {
-                    format!("no file is named {program}; sha256 {expected} is expected")
-                } else {
-                    format!("{}; {expected} is expected", others.join(", "))
-                };
-                return Err(SourceError::OtherBytes { from: shown, program, what });
-            }
-        }
-    }
-    Ok(programs)
+    candidates.right.ok_or_else(|| {
+        let others: Vec<String> = candidates
+            .others
+            .iter()
+            .take(4)
+            .map(|(name, digest)| format!("{name} has sha256 {digest}"))
+            .collect();
+        let what = if others.is_empty() {
+            format!("no file is named {FIRECRACKER}; sha256 {DIGEST} is expected")
+        } else {
+            format!("{}; {DIGEST} is expected", others.join(", "))
+        };
+        SourceError::OtherBytes { from: shown, what }
+    })
 }
 
-/// The members of an archive that may be the programs.
+/// The members of an archive that may be the program.
 #[derive(Default)]
 struct Candidates {
-    /// Those that are, with their digests.
-    right: Vec<(String, Vec<u8>)>,
+    /// The one that is.
+    right: Option<Vec<u8>>,
     /// The names and digests of some that are not.
     others: Vec<(String, String)>,
 }
@@ -231,10 +217,8 @@ impl Candidates {
         let mut bytes = Vec::new();
         member.take(PROGRAM_BYTES_MAX).read_to_end(&mut bytes)?;
         let digest = hex(&Sha256::digest(&bytes));
-        if PROGRAMS.iter().any(|(_, expected)| digest == *expected) {
-            if self.right.len() < PROGRAMS.len() {
-                self.right.push((digest, bytes));
-            }
+        if digest == DIGEST {
+            self.right = Some(bytes);
         } else if self.others.len() < OTHERS_MAX {
             self.others.push((name, digest));
         }
@@ -284,7 +268,7 @@ fn last_part(path: &[u8]) -> String {
 }
 
 fn is_candidate(name: &str, size: u64) -> bool {
-    PROGRAMS.iter().any(|(program, _)| name.starts_with(program)) && size <= PROGRAM_BYTES_MAX
+    name.starts_with(FIRECRACKER) && size <= PROGRAM_BYTES_MAX
 }
 
 fn download(address: &str, to: &Path) -> io::Result<File> {
@@ -302,20 +286,9 @@ fn download(address: &str, to: &Path) -> io::Result<File> {
 }
 
 fn found(program: &Path, origin: &'static str) -> Option<Found> {
-    let is_program =
-        |path: &Path| path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok();
-    if !is_program(program) {
-        return None;
-    }
-    let real = fs_err::canonicalize(program).ok()?;
-    // A release's programs have the version in their names, and are often reached by links without it.
-    let named = |path: &Path| {
-        let name = path.file_name()?.to_str()?.replacen(FIRECRACKER, JAILER, 1);
-        Some(path.with_file_name(name)).filter(|jailer| jailer != path)
-    };
-    let places = [Some(program.with_file_name(JAILER)), Some(real.with_file_name(JAILER)), named(&real)];
-    let jailer = places.into_iter().flatten().find(|path| is_program(path));
-    Some(Found { firecracker: real, jailer, origin })
+    let is_program = program.is_file() && rustix::fs::access(program, rustix::fs::Access::EXEC_OK).is_ok();
+    // A release's program has the version in its name, and is often reached by a link without it.
+    is_program.then(|| fs_err::canonicalize(program).ok())?.map(|firecracker| Found { firecracker, origin })
 }
 
 fn is_address(path: &Path) -> bool {
@@ -380,11 +353,10 @@ mod tests {
         assert_eq!(find(None), None);
         program(&bin.join("firecracker"));
         let got = find(None).expect("found");
-        assert_eq!((got.origin, got.jailer), ("path", None));
+        assert_eq!(got.origin, "path");
         program(&store.join(VERSION).join("firecracker"));
-        program(&store.join(VERSION).join("jailer"));
         let got = find(None).expect("found");
-        assert_eq!((got.origin, got.jailer.is_some()), ("store", true));
+        assert_eq!(got.origin, "store");
         for named in [bin.clone(), bin.join("firecracker")] {
             assert_eq!(find(Some(&named)).expect("found").origin, "named");
         }
@@ -411,7 +383,7 @@ mod tests {
         tgz(&archive, &[("release/firecracker-v1.12.1-x86_64", b"forged"), ("release/jailer-v1.12.1", b"x")]);
         let error = install(&archive, &store).expect_err("forged").to_string();
         assert!(error.contains("firecracker-v1.12.1-x86_64 has sha256 "), "{error}");
-        assert!(error.contains(PROGRAMS[0].1), "{error}");
+        assert!(error.contains(DIGEST), "{error}");
         tgz(&archive, &[("release/README", b"hello")]);
         let error = install(&archive, &store).expect_err("empty").to_string();
         assert!(error.contains("no file is named firecracker"), "{error}");
@@ -445,7 +417,7 @@ mod tests {
             stream.get_mut().write_all(&bytes).expect("written");
         });
         let error = install(Path::new(&address), &dir.path().join("store")).expect_err("other bytes");
-        assert!(matches!(error, SourceError::OtherBytes { program: "firecracker", .. }), "{error}");
+        assert!(matches!(error, SourceError::OtherBytes { .. }), "{error}");
         server.join().expect("no panic");
         let error = install(Path::new("http://127.0.0.1:1/x.tgz"), &dir.path().join("store"));
         assert!(matches!(error.expect_err("nobody listens"), SourceError::Read { .. }));
@@ -462,7 +434,6 @@ mod tests {
         fs_err::create_dir(dir.path().join(STAGING)).expect("made");
         fs_err::write(dir.path().join(STAGING).join(FIRECRACKER), "left by a killed process").expect("made");
         let found = install(Path::new(&archive), dir.path()).expect("installed");
-        assert!(found.jailer.is_some());
         assert_eq!(install(Path::new("/nonexistent"), dir.path()).expect("there already"), found);
         assert_eq!(fs_err::read_dir(dir.path()).expect("listed").count(), 1, "no staging stays");
     }

@@ -9,13 +9,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use fs_err::os::unix::fs::OpenOptionsExt;
 use serde::{Deserialize, Serialize};
 
+use super::files::QemuFiles;
 use super::kvm::{KvmProbe, probe_kvm};
 use super::tsc::measure_tsc_khz;
-use super::version::{BinaryKey, VmmVersion};
+use super::version::{BinaryKey, QemuFacts};
 
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const FILE_BYTES_MAX: u64 = 64 << 10;
-const QEMUS_MAX: usize = 8;
+/// How many programs of each kind are remembered.
+const PROGRAMS_MAX: usize = 8;
 const KVM_DEVICE: &str = "/dev/kvm";
 /// How long an unusable KVM is believed: what made it so may have been a busy moment.
 const UNUSABLE_SECONDS: u64 = 600;
@@ -98,7 +100,8 @@ impl KvmKey {
 pub(super) struct Cache {
     format: u32,
     host: Option<Host>,
-    qemus: Vec<(BinaryKey, VmmVersion)>,
+    qemus: Vec<(BinaryKey, QemuFacts)>,
+    firecrackers: Vec<(BinaryKey, String)>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -113,7 +116,7 @@ struct Host {
 impl Cache {
     /// What the file holds; nothing where it is missing, too long, of another format, or garbage.
     pub(super) fn read(path: &Path) -> Self {
-        Self::try_read(path).unwrap_or(Self { format: FORMAT, host: None, qemus: Vec::new() })
+        Self::try_read(path).unwrap_or(Self { format: FORMAT, host: None, qemus: Vec::new(), firecrackers: Vec::new() })
     }
 
     fn try_read(path: &Path) -> Option<Self> {
@@ -145,14 +148,30 @@ impl Cache {
         file.write_all(&serde_json::to_vec(self)?)
     }
 
-    pub(super) fn version(&self, key: &BinaryKey) -> Option<VmmVersion> {
-        self.qemus.iter().find(|(known, _)| known == key).map(|(_, version)| version.clone())
+    /// What is known of a QEMU. One whose files have changed is asked again, and so is one that cannot be jailed: what it
+    /// lacked may be there by now.
+    pub(super) fn qemu(&self, key: &BinaryKey) -> Option<QemuFacts> {
+        let (_, facts) = self.qemus.iter().find(|(known, _)| known == key)?;
+        facts.files.as_ref().is_ok_and(QemuFiles::are_there).then(|| facts.clone())
     }
 
-    pub(super) fn set_version(&mut self, key: BinaryKey, version: VmmVersion) {
-        self.qemus.insert(0, (key, version));
-        self.qemus.truncate(QEMUS_MAX);
+    pub(super) fn set_qemu(&mut self, key: BinaryKey, facts: QemuFacts) {
+        remember(&mut self.qemus, key, facts);
     }
+
+    pub(super) fn firecracker(&self, key: &BinaryKey) -> Option<String> {
+        self.firecrackers.iter().find(|(known, _)| known == key).map(|(_, version)| version.clone())
+    }
+
+    pub(super) fn set_firecracker(&mut self, key: BinaryKey, version: String) {
+        remember(&mut self.firecrackers, key, version);
+    }
+}
+
+fn remember<T>(programs: &mut Vec<(BinaryKey, T)>, key: BinaryKey, facts: T) {
+    programs.retain(|(known, _)| *known != key);
+    programs.insert(0, (key, facts));
+    programs.truncate(PROGRAMS_MAX);
 }
 
 fn now() -> u64 {
@@ -174,7 +193,7 @@ mod tests {
         let mut facts = HostFacts::load_for(&path, &dir.join("kvm"));
         facts.kvm.why = "planted".to_owned();
         let host = Host { facts, kvm_key: KvmKey::of(&dir.join("kvm")), found_at: now() };
-        Cache { format: FORMAT, host: Some(host), qemus: Vec::new() }.write(&path);
+        Cache { format: FORMAT, host: Some(host), qemus: Vec::new(), firecrackers: Vec::new() }.write(&path);
         path
     }
 

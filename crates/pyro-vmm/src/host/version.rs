@@ -12,18 +12,21 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 
 use super::cache::Cache;
+use super::files::QemuFiles;
 
 const PROGRAM: &str = "qemu-system-x86_64";
-const ANSWER_BYTES_MAX: usize = 4 << 10;
+const ANSWER_BYTES_MAX: usize = 64 << 10;
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
-/// What a VMM says about itself.
+/// What a QEMU says about itself, and the files that it needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VmmVersion {
+pub struct QemuFacts {
     /// Its version, as in `7.2.22`.
     pub version: String,
     /// Whether it can confine itself with seccomp.
     pub sandbox: bool,
+    /// What a jail must hold for it to run; or why a jail cannot hold it.
+    pub files: Result<QemuFiles, String>,
 }
 
 /// Why the version of a QEMU is not known.
@@ -63,32 +66,33 @@ pub fn find_qemu(search_path: &OsStr) -> Option<PathBuf> {
         .find(|path| path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok())
 }
 
-/// Asks `binary` for its version, or `cache_file` if it was asked before and has not changed.
+/// Asks `binary` for its version and its files, or `cache_file` if it was asked before and nothing has changed.
 ///
 /// # Errors
 /// When it cannot be run, or does not say a version.
-pub fn qemu_version(binary: &Path, cache_file: &Path) -> Result<VmmVersion, VersionError> {
-    remembered(binary, cache_file, ask_version)
+pub fn qemu_facts(binary: &Path, cache_file: &Path) -> Result<QemuFacts, VersionError> {
+    remembered(binary, cache_file, Cache::qemu, Cache::set_qemu, ask_qemu)
 }
 
-/// As [`qemu_version`], for Firecracker.
+/// The version of a Firecracker, by the same way.
 ///
 /// # Errors
 /// When it cannot be run, or does not say a version.
 pub fn firecracker_version(binary: &Path, cache_file: &Path) -> Result<String, VersionError> {
     let ask = |binary: &Path| {
-        let (_, answer) = run(binary, &["--version"])?;
-        let version = answer.strip_prefix("Firecracker v").and_then(plausible);
-        Ok(version.map(|version| VmmVersion { version, sandbox: true }))
+        let (_, answer) = run(binary, &["--version"], &[])?;
+        Ok(answer.strip_prefix("Firecracker v").and_then(plausible))
     };
-    remembered(binary, cache_file, ask).map(|found| found.version)
+    remembered(binary, cache_file, Cache::firecracker, Cache::set_firecracker, ask)
 }
 
-fn remembered(
+fn remembered<T: Clone>(
     binary: &Path,
     cache_file: &Path,
-    ask: impl Fn(&Path) -> io::Result<Option<VmmVersion>>,
-) -> Result<VmmVersion, VersionError> {
+    known: impl Fn(&Cache, &BinaryKey) -> Option<T>,
+    remember: impl Fn(&mut Cache, BinaryKey, T),
+    ask: impl Fn(&Path) -> io::Result<Option<T>>,
+) -> Result<T, VersionError> {
     let run_error = |source| VersionError::Run { binary: binary.to_owned(), source };
     let metadata = fs_err::metadata(binary).map_err(run_error)?;
     let key = BinaryKey {
@@ -97,24 +101,24 @@ fn remembered(
         size: metadata.size(),
     };
     let mut cache = Cache::read(cache_file);
-    if let Some(version) = cache.version(&key) {
-        return Ok(version);
+    if let Some(found) = known(&cache, &key) {
+        return Ok(found);
     }
-    let version = ask(binary).map_err(run_error)?;
-    let version = version.ok_or_else(|| VersionError::NoVersion { binary: binary.to_owned() })?;
-    cache.set_version(key, version.clone());
+    let found = ask(binary).map_err(run_error)?;
+    let found = found.ok_or_else(|| VersionError::NoVersion { binary: binary.to_owned() })?;
+    remember(&mut cache, key, found.clone());
     cache.write(cache_file);
-    Ok(version)
+    Ok(found)
 }
 
 /// QEMU reads its options in order, so one run tells both: it refuses `-sandbox` before it sees `-version`.
-fn ask_version(binary: &Path) -> io::Result<Option<VmmVersion>> {
-    let (status, answer) = run(binary, &["-sandbox", "on", "-version"])?;
-    if status.success() {
-        return Ok(parse_version(&answer).map(|version| VmmVersion { version, sandbox: true }));
-    }
-    let (_, answer) = run(binary, &["-version"])?;
-    Ok(parse_version(&answer).map(|version| VmmVersion { version, sandbox: false }))
+fn ask_qemu(binary: &Path) -> io::Result<Option<QemuFacts>> {
+    let (status, answer) = run(binary, &["-sandbox", "on", "-version"], &[])?;
+    let sandbox = status.success();
+    let answer = if sandbox { answer } else { run(binary, &["-version"], &[])?.1 };
+    let Some(version) = parse_version(&answer) else { return Ok(None) };
+    let files = QemuFiles::of(binary).map_err(|error| error.to_string());
+    Ok(Some(QemuFacts { version, sandbox, files }))
 }
 
 fn parse_version(answer: &str) -> Option<String> {
@@ -130,9 +134,16 @@ fn plausible(text: &str) -> Option<String> {
     plausible.then(|| version.to_owned())
 }
 
-/// Runs the program and returns the beginning of its output. Whatever it is, it neither hangs nor floods us.
-fn run(binary: &Path, args: &[&str]) -> io::Result<(ExitStatus, String)> {
+/// Runs a program and returns the beginning of its output. Whatever it is, it neither hangs nor floods us.
+pub(super) fn run(
+    binary: &Path,
+    args: &[&str],
+    env: &[(&str, &str)],
+) -> io::Result<(ExitStatus, String)> {
     let mut spawn = Spawn::new(binary, Path::new("/"));
+    for (name, value) in env {
+        spawn.env(name, value);
+    }
     spawn.args(args).stdout(Stdio::piped()).stderr(Stdio::null()).own_process_group();
     let mut child = spawn.spawn()?;
     let answer = read_answer(&mut child);
@@ -188,14 +199,15 @@ mod tests {
             dir.path().display()
         );
         let binary = script(dir.path(), &text);
-        let expected = VmmVersion { version: "7.2.22".to_owned(), sandbox: true };
-        assert_eq!(qemu_version(&binary, &cache).expect("a version"), expected);
-        assert_eq!(qemu_version(&binary, &cache).expect("a version"), expected);
+        let facts = || qemu_facts(&binary, &cache).expect("a version");
+        assert_eq!((facts().version.as_str(), facts().sandbox), ("7.2.22", true));
+        // A script runs a shell, and whatever that runs.
+        assert!(facts().files.expect_err("no program").contains("a script"));
         assert_eq!(fs_err::read_to_string(dir.path().join("log")).expect("a log"), "asked\n");
 
         script(dir.path(), "case $1 in -sandbox) exit 1;; esac; echo 'QEMU emulator version 10.0.3'");
-        let changed = VmmVersion { version: "10.0.3".to_owned(), sandbox: false };
-        assert_eq!(qemu_version(&binary, &cache).expect("a version"), changed);
+        let facts = qemu_facts(&binary, &cache).expect("a version");
+        assert_eq!((facts.version.as_str(), facts.sandbox), ("10.0.3", false));
     }
 
     #[test]
@@ -203,11 +215,11 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let cache = dir.path().join("cache.json");
         let binary = script(dir.path(), "echo hello");
-        assert!(matches!(qemu_version(&binary, &cache), Err(VersionError::NoVersion { .. })));
+        assert!(matches!(qemu_facts(&binary, &cache), Err(VersionError::NoVersion { .. })));
         let binary = script(dir.path(), "exec yes");
-        assert!(matches!(qemu_version(&binary, &cache), Err(VersionError::Run { .. })));
+        assert!(matches!(qemu_facts(&binary, &cache), Err(VersionError::Run { .. })));
         let missing = dir.path().join("missing");
-        assert!(matches!(qemu_version(&missing, &cache), Err(VersionError::Run { .. })));
+        assert!(matches!(qemu_facts(&missing, &cache), Err(VersionError::Run { .. })));
     }
 
     #[test]

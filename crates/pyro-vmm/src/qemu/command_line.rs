@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::fd::RawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -14,6 +14,10 @@ use crate::spec::{DiskCache, MachineSpec, Snapshot};
 pub(super) const CHANNEL_FD: RawFd = 3;
 pub(super) const CONTROL_FD: RawFd = 4;
 pub(super) const CONSOLE_FD: RawFd = 5;
+
+/// Where the jail shows the guest's memory: its own, and a template's (`preload/open.rs` has the same name).
+pub(super) const JAILED_MEMORY: &str = "/memory";
+pub(super) const TEMPLATE_MEMORY: &str = "/template-memory";
 
 /// The name of the port of the guest channel, in the guest under `/sys/class/virtio-ports`.
 const PORT_NAME: &str = "agent";
@@ -55,31 +59,88 @@ const KERNEL_ARGS_TCG: &[&str] = &[
     "lsm=",
 ];
 
-/// All arguments after the program's name, for a boot or the restoring of a snapshot.
-pub(super) fn arguments(config: &QemuConfig, spec: &MachineSpec, from: Option<&Snapshot>) -> Vec<OsString> {
+/// Where QEMU finds its files.
+#[derive(Debug)]
+pub(super) struct Paths {
+    pub(super) firmware: PathBuf,
+    pub(super) kernel: PathBuf,
+    pub(super) initramfs: PathBuf,
+    pub(super) rootfs: PathBuf,
+    pub(super) overlay: PathBuf,
+    memory: Option<Memory>,
+}
+
+/// The file that the guest's memory is in.
+#[derive(Debug)]
+enum Memory {
+    /// Its own, which is saved with it.
+    Saved(PathBuf),
+    /// A template's: what the guest writes stays private.
+    Template(PathBuf),
+}
+
+impl Paths {
+    /// Files where the host has them.
+    pub(super) fn of_host(spec: &MachineSpec, from: Option<&Snapshot>) -> Self {
+        Self {
+            // QEMU looks for it in its own directories.
+            firmware: FIRMWARE.into(),
+            kernel: spec.kernel.clone(),
+            initramfs: spec.initramfs.clone(),
+            rootfs: spec.rootfs.clone(),
+            overlay: spec.overlay.clone(),
+            memory: Memory::of(spec, from, MEMORY, |snapshot| snapshot.memory.clone()),
+        }
+    }
+
+    /// Files where the jail shows them.
+    pub(super) fn of_jail(spec: &MachineSpec, from: Option<&Snapshot>) -> Self {
+        Self {
+            firmware: "/firmware.rom".into(),
+            kernel: "/vmlinux".into(),
+            initramfs: "/initramfs".into(),
+            rootfs: "/rootfs".into(),
+            overlay: "/overlay".into(),
+            memory: Memory::of(spec, from, JAILED_MEMORY, |_| TEMPLATE_MEMORY.into()),
+        }
+    }
+}
+
+impl Memory {
+    fn of(
+        spec: &MachineSpec,
+        from: Option<&Snapshot>,
+        saved: &str,
+        template: impl FnOnce(&Snapshot) -> PathBuf,
+    ) -> Option<Self> {
+        match from {
+            Some(snapshot) => Some(Self::Template(template(snapshot))),
+            None => spec.savable.then(|| Self::Saved(saved.into())),
+        }
+    }
+}
+
+/// All arguments after the program's name. A machine that goes on from a template takes no kernel.
+pub(super) fn arguments(config: &QemuConfig, spec: &MachineSpec, paths: &Paths) -> Vec<OsString> {
     let mut args = Arguments(Vec::new());
     args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot");
     args.option("-display", "none").option("-name", name(&spec.dir));
-    if config.sandbox {
+    if config.sandboxes() {
         args.option("-sandbox", SANDBOX);
     }
-    // Memory in a file need not be saved: whoever restores the machine maps the file, and keeps its changes private.
-    let memory = match from {
-        Some(snapshot) => Some((snapshot.memory.as_path(), false)),
-        None => spec.savable.then_some((Path::new(MEMORY), true)),
-    };
-    if let Some((path, share)) = memory {
-        args.option("-object", memory_file(path, spec.memory_mib, share).to_string());
+    // Memory in a file need not be saved: a restored machine maps the file, and keeps its changes private.
+    if let Some(memory) = &paths.memory {
+        args.option("-object", memory_file(memory, spec.memory_mib, config.reads_memory()).to_string());
     }
-    let backend = if memory.is_some() { ",memory-backend=memory" } else { "" };
-    args.option("-M", format!("{MACHINE}{backend}")).option("-bios", FIRMWARE);
+    let backend = if paths.memory.is_some() { ",memory-backend=memory" } else { "" };
+    args.option("-M", format!("{MACHINE}{backend}")).option("-bios", &paths.firmware);
     args.option("-accel", accelerator(config.accel, spec.vcpus));
     args.option("-cpu", cpu(config.accel));
     args.option("-m", spec.memory_mib.to_string()).option("-smp", spec.vcpus.to_string());
-    if from.is_some() {
+    if let Some(Memory::Template(_)) = paths.memory {
         args.option("-incoming", "defer");
     } else {
-        args.option("-kernel", &spec.kernel).option("-initrd", &spec.initramfs);
+        args.option("-kernel", &paths.kernel).option("-initrd", &paths.initramfs);
         args.option("-append", kernel_command_line(config.accel, spec));
     }
 
@@ -91,8 +152,8 @@ pub(super) fn arguments(config: &QemuConfig, spec: &MachineSpec, from: Option<&S
     args.option("-device", "virtio-serial-device");
     args.option("-device", format!("virtserialport,chardev=channel,name={PORT_NAME}"));
 
-    args.disk("rootfs", &root_disk(&spec.rootfs));
-    args.disk("overlay", &overlay_disk(&spec.overlay, spec.overlay_cache));
+    args.disk("rootfs", &root_disk(&paths.rootfs));
+    args.disk("overlay", &overlay_disk(&paths.overlay, spec.overlay_cache));
     args.0
 }
 
@@ -139,14 +200,24 @@ fn overlay_disk(path: &Path, cache: DiskCache) -> Value {
     })
 }
 
-fn memory_file(path: &Path, mib: u32, share: bool) -> Value {
-    json!({
+/// `reads`: whether this QEMU can map a file privately that it has opened to be read.
+fn memory_file(memory: &Memory, mib: u32, reads: bool) -> Value {
+    let (path, share) = match memory {
+        Memory::Saved(path) => (path, true),
+        Memory::Template(path) => (path, false),
+    };
+    let mut object = json!({
         "qom-type": "memory-backend-file",
         "id": "memory",
         "size": u64::from(mib) << 20,
         "mem-path": path.to_string_lossy(),
         "share": share,
-    })
+    });
+    if reads && !share {
+        object["readonly"] = true.into();
+        object["rom"] = "off".into();
+    }
+    object
 }
 
 fn accelerator(accel: Accel, vcpus: u8) -> String {
@@ -197,6 +268,7 @@ fn name(dir: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Confine;
 
     fn spec() -> MachineSpec {
         MachineSpec {
@@ -214,11 +286,19 @@ mod tests {
     }
 
     fn config(accel: Accel) -> QemuConfig {
-        QemuConfig { binary: "qemu".into(), version: "7.2.22".to_owned(), sandbox: true, accel }
+        QemuConfig {
+            binary: "qemu".into(),
+            version: "7.2.22".to_owned(),
+            sandbox: true,
+            files: Err("unknown".to_owned()),
+            preload: None,
+            accel,
+            confine: Confine::Nothing,
+        }
     }
 
     fn line(config: &QemuConfig, spec: &MachineSpec) -> String {
-        let args = arguments(config, spec, None);
+        let args = arguments(config, spec, &Paths::of_host(spec, None));
         let args: Vec<String> = args.into_iter().map(|arg| arg.into_string().expect("UTF-8")).collect();
         args.join("\n").replace("\n-", "\x00-").replace('\n', " ").replace('\x00', "\n")
     }

@@ -10,18 +10,21 @@ pub mod qmp;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use pyro_process::Spawn;
+use pyro_process::{Bind, Spawn};
 use tokio::net::UnixStream;
 
+use self::command_line::Paths;
 use self::control::QemuControl;
 use crate::Vmm;
-use crate::confinement::{Confinement, Element};
+use crate::confine::{self, Confine, Element, Expected, Needs, Place};
 use crate::error::{ControlError, LaunchError};
-use crate::host::{cpu_identity, program_identity};
+use crate::host::{
+    QemuFacts, QemuFiles, VersionError, cpu_identity, needs_preload, preload_library, program_identity, qemu_facts,
+};
 use crate::machine::Machine;
 use crate::process::{Streams, VmmProcess};
 use crate::qmp::Qmp;
@@ -33,9 +36,10 @@ const MAX_VCPUS: u8 = 32;
 /// The files of a savable machine, in its directory: the guest's memory, and what it is saved to.
 const MEMORY: &str = "memory";
 const STATE: &str = "state";
-
-/// What QEMU's own sandbox gives.
-const SANDBOXED: &[Element] = &[Element::NoNewPrivileges, Element::Seccomp];
+/// Where random numbers come from that QEMU's libraries draw.
+const RANDOM: &str = "/dev/urandom";
+/// Where the jail shows the library that an older QEMU needs.
+const PRELOAD: &str = "/open.so";
 
 /// What executes the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,12 +59,67 @@ pub enum Accel {
 pub struct QemuConfig {
     /// The program.
     pub binary: PathBuf,
-    /// Its version, for records; see [`crate::host::qemu_version`].
+    /// Its version, for records; see [`crate::host::qemu_facts`].
     pub version: String,
-    /// Whether it can confine itself with seccomp; see [`crate::host::qemu_version`].
+    /// Whether it can confine itself with seccomp; see [`crate::host::qemu_facts`].
     pub sandbox: bool,
+    /// The files that it needs, or why they are not known; see [`crate::host::qemu_facts`].
+    pub files: Result<QemuFiles, String>,
+    /// The library that lets an older one restore in a jail; see [`crate::host::preload_library`].
+    pub preload: Option<PathBuf>,
     /// What executes the guest's instructions.
     pub accel: Accel,
+    /// What keeps it apart from the host.
+    pub confine: Confine,
+}
+
+impl QemuConfig {
+    /// Asks a QEMU what it is, or `cache_file` if it was asked before; beside that file lies what an older one is
+    /// loaded with.
+    ///
+    /// # Errors
+    /// As [`crate::host::qemu_facts`].
+    pub fn ask(
+        binary: PathBuf,
+        cache_file: &Path,
+        accel: Accel,
+        confine: Confine,
+    ) -> Result<Self, VersionError> {
+        let QemuFacts { version, sandbox, mut files } = qemu_facts(&binary, cache_file)?;
+        let mut preload = None;
+        if confine != Confine::Nothing && needs_preload(&version) {
+            let dir = cache_file.parent().unwrap_or(Path::new("/"));
+            match preload_library(dir) {
+                Ok(library) => preload = Some(library),
+                Err(error) => files = Err(error.to_string()),
+            }
+        }
+        Ok(Self { binary, version, sandbox, files, preload, accel, confine })
+    }
+
+    /// Refuses one that cannot be kept apart from the host as it should be.
+    pub(crate) fn check_confinable(&self) -> Result<(), LaunchError> {
+        if self.confine == Confine::Nothing {
+            return Ok(());
+        }
+        if !self.sandbox {
+            return Err(LaunchError::Unconfined { missing: Element::Seccomp.as_str().to_owned() });
+        }
+        match &self.files {
+            Ok(_) => Ok(()),
+            Err(why) => Err(LaunchError::Unjailable { why: why.clone() }),
+        }
+    }
+
+    /// Whether it is told to confine itself.
+    fn sandboxes(&self) -> bool {
+        self.sandbox && (self.confine == Confine::Nothing || self.confine.gives(Element::Seccomp))
+    }
+
+    /// Whether it can map a file privately that it may only read.
+    fn reads_memory(&self) -> bool {
+        !needs_preload(&self.version)
+    }
 }
 
 /// The driver.
@@ -74,6 +133,7 @@ struct Started {
     process: VmmProcess,
     channel: UnixStream,
     control: UnixStream,
+    expected: Expected,
 }
 
 impl Qemu {
@@ -126,6 +186,7 @@ impl Vmm for Qemu {
 impl Qemu {
     async fn begin(&self, spec: &MachineSpec, from: Option<&Snapshot>) -> Result<Machine, LaunchError> {
         spec.validate(self.capabilities())?;
+        self.config.check_confinable()?;
         let (config, from_copy) = (self.config.clone(), from.cloned());
         let start_spec = spec.clone();
         // Forking takes milliseconds. When this future is dropped meanwhile, so is what the closure returns.
@@ -133,7 +194,7 @@ impl Qemu {
             .await
             .unwrap_or_else(|error| Err(io::Error::other(error)))
             .map_err(|source| self.spawn_error(source))?;
-        let Started { process, channel, control } = started;
+        let Started { process, channel, control, expected } = started;
         let accepted = tokio::time::timeout(ACCEPT_DEADLINE, async {
             let mut qmp = Qmp::connect(control).await?;
             if let Some(snapshot) = from {
@@ -143,18 +204,16 @@ impl Qemu {
         });
         let source = match accepted.await {
             Ok(Ok(qmp)) => {
-                let confinement = Confinement::observed(process.pid());
-                let expected = if self.config.sandbox { SANDBOXED } else { &[] };
-                return match confinement.lacks(expected) {
-                    None => {
+                return match expected.observe(process.pid()) {
+                    Ok(confinement) => {
                         let dir = (spec.savable && from.is_none()).then(|| spec.dir.clone());
                         let control = QemuControl::new(qmp, channel, dir);
                         Ok(Machine::new(process, confinement, Box::new(control)))
                     }
-                    Some(missing) => {
+                    Err(unconfined) => {
                         process.kill();
                         process.wait().await;
-                        Err(LaunchError::Unconfined { missing })
+                        Err(unconfined)
                     }
                 };
             }
@@ -170,7 +229,7 @@ impl Qemu {
         if source.kind() == io::ErrorKind::NotFound && !binary.exists() {
             return LaunchError::BinaryMissing { binary };
         }
-        LaunchError::Spawn { binary, source }
+        LaunchError::of_spawn(&self.config.confine, binary, source)
     }
 }
 
@@ -182,9 +241,18 @@ fn start(config: &QemuConfig, spec: &MachineSpec, from: Option<&Snapshot>) -> io
     let (console, qemu_console) = StdUnixStream::pair()?;
     let (stderr, qemu_stderr) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
 
-    let mut spawn = Spawn::new(&config.binary, &spec.dir);
+    if spec.savable && from.is_none() {
+        confine::make_empty(&spec.dir.join(MEMORY))?;
+    }
+    let (mut spawn, place) = match &config.files {
+        Ok(files) if config.confine != Confine::Nothing => jailed(config, files, spec, from)?,
+        _ => {
+            let mut spawn = Spawn::new(&config.binary, &spec.dir);
+            spawn.args(command_line::arguments(config, spec, &Paths::of_host(spec, from)));
+            (spawn, None)
+        }
+    };
     spawn
-        .args(command_line::arguments(config, spec, from))
         .stdout(Stdio::null())
         .stderr(Stdio::from(qemu_stderr))
         .own_process_group()
@@ -194,9 +262,62 @@ fn start(config: &QemuConfig, spec: &MachineSpec, from: Option<&Snapshot>) -> io
     let child = spawn.spawn()?;
 
     let streams = Streams { console: OwnedFd::from(console), stderr, log: None };
-    let process = VmmProcess::new(child, streams, Box::new(()))?;
+    let process = VmmProcess::new(child, streams, Box::new(place))?;
     channel.set_nonblocking(true)?;
     control.set_nonblocking(true)?;
     let (channel, control) = (UnixStream::from_std(channel)?, UnixStream::from_std(control)?);
-    Ok(Started { process, channel, control })
+    Ok(Started { process, channel, control, expected: Expected::of(&config.confine) })
+}
+
+/// A QEMU in a jail that holds the program with its libraries, and the files of its machine.
+fn jailed(
+    config: &QemuConfig,
+    files: &QemuFiles,
+    spec: &MachineSpec,
+    from: Option<&Snapshot>,
+) -> io::Result<(Spawn, Option<Place>)> {
+    let mut shown: Vec<_> =
+        files.programs.iter().map(|file| (file.clone(), file.clone(), Bind::Read)).collect();
+    let mut show = |source: &Path, target: &Path, bind| {
+        shown.push((source.to_owned(), target.to_owned(), bind));
+    };
+    let inside = Paths::of_jail(spec, from);
+    show(&files.firmware, &inside.firmware, Bind::Read);
+    show(&spec.rootfs, &inside.rootfs, Bind::Read);
+    show(&spec.overlay, &inside.overlay, Bind::Write);
+    show(Path::new(RANDOM), Path::new(RANDOM), Bind::Read);
+    match from {
+        Some(snapshot) => show(&snapshot.memory, Path::new(command_line::TEMPLATE_MEMORY), Bind::Read),
+        None => {
+            show(&spec.kernel, &inside.kernel, Bind::Read);
+            show(&spec.initramfs, &inside.initramfs, Bind::Read);
+            if spec.savable {
+                show(Path::new(MEMORY), Path::new(command_line::JAILED_MEMORY), Bind::Write);
+            }
+        }
+    }
+    let preload = config.preload.as_ref().filter(|_| from.is_some() && !config.reads_memory());
+    if let Some(library) = preload {
+        show(library, Path::new(PRELOAD), Bind::Read);
+    }
+    let needs = Needs {
+        dir: &spec.dir,
+        files: shown,
+        devices: if config.accel == Accel::Kvm { vec!["/dev/kvm"] } else { Vec::new() },
+        makes_files: false,
+        memory_mib: spec.memory_mib,
+        vcpus: spec.vcpus,
+    };
+    let (jail, place) = confine::jail(&config.confine, &needs)?;
+    // The program itself is shown under the path that links led to.
+    let program = fs_err::canonicalize(&config.binary)?;
+    let mut spawn = Spawn::new(program, &spec.dir);
+    spawn.args(command_line::arguments(config, spec, &inside)).jail(jail);
+    if let Some(modules) = &files.modules {
+        spawn.env("QEMU_MODULE_DIR", modules);
+    }
+    if preload.is_some() {
+        spawn.env("LD_PRELOAD", PRELOAD);
+    }
+    Ok((spawn, Some(place)))
 }

@@ -4,7 +4,9 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use super::cgroup::{GROUPS, PARENT};
 
 /// One thing that keeps a process apart from the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -98,9 +100,9 @@ pub struct Confinement {
 
 /// The most files that a process may have open to count as limited.
 pub(crate) const FILES_MAX: u64 = 1024;
-/// The directory of control groups that machines get theirs in.
-pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
-pub(crate) const CGROUP_PARENT: &str = "pyro";
+/// The longest core file, in bytes, that counts as none. Where the kernel hands cores to a program, a limit of none is not
+/// heeded; this one is, as it marks the program's own crash.
+pub(crate) const CORE_MAX: u64 = 1;
 
 impl Confinement {
     /// Looks at a process; what cannot be read counts as not there.
@@ -178,17 +180,22 @@ impl Process {
                     line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok()
                 };
                 hard("Max open files").is_some_and(|files| files <= FILES_MAX)
-                    && hard("Max core file size") == Some(0)
+                    && hard("Max core file size").is_some_and(|core| core <= CORE_MAX)
             }
             Element::Cgroup => {
                 let groups = fs_err::read_to_string(self.dir.join("cgroup")).unwrap_or_default();
                 groups.lines().filter_map(|line| line.strip_prefix("0::/")).any(|group| {
-                    let dir = PathBuf::from(CGROUPS).join(group);
-                    let limit = |name: &str| fs_err::read_to_string(dir.join(name)).unwrap_or_default();
-                    group.starts_with(&format!("{CGROUP_PARENT}/"))
-                        && ["memory.max", "pids.max", "cpu.max"]
-                            .iter()
-                            .all(|name| limit(name).starts_with(|first: char| first.is_ascii_digit()))
+                    let dir = Path::new(GROUPS).join(group);
+                    let parent = dir.parent().and_then(Path::file_name);
+                    let limits = |name: &str| {
+                        let limit = fs_err::read_to_string(dir.join(name)).unwrap_or_default();
+                        limit.starts_with(|first: char| first.is_ascii_digit())
+                    };
+                    let time_is_limited = !dir.join("cpu.max").exists() || limits("cpu.max");
+                    parent == Some(PARENT.as_ref())
+                        && limits("memory.max")
+                        && limits("pids.max")
+                        && time_is_limited
                 })
             }
             _ => false,

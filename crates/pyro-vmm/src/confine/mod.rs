@@ -1,0 +1,346 @@
+//! What keeps a VMM apart from the host. A driver declares what its VMM needs ([`Needs`]); the jail that holds just that
+//! is made here, in the same way for every VMM, and so is the list of what it must be found to be confined by.
+
+mod cgroup;
+mod observed;
+
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
+use std::path::{Path, PathBuf};
+
+use pyro_process::{Bind, Jail, Namespaces, Resource};
+
+pub use self::cgroup::{control_group_of, remove_control_group};
+use self::cgroup::{Group, Limits};
+pub use self::observed::{Confinement, Element};
+pub(crate) use self::observed::{CORE_MAX, FILES_MAX};
+use crate::LaunchError;
+
+/// Below a machine's directory: where the jail's root is mounted, in the VMM's own mount namespace.
+const JAIL: &str = "jail";
+/// Below [`JAIL`]: the directory that a VMM may write to, where it needs one.
+const RUN: &str = "run";
+/// The user of a machine is this and what its name comes to: far above what hosts give to people and containers.
+const FIRST_USER: u32 = 2_000_000_000;
+const USERS: u32 = 100_000_000;
+/// What a VMM may write to a file beyond the length that its files have, in bytes: the state of the devices.
+const FILE_SLACK: u64 = 64 << 20;
+
+/// Whether a VMM is kept apart from the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Confine {
+    /// In a jail: as root with a user of its own, else in a user namespace.
+    Jail {
+        /// An element that is left out, for tests of whether a launch misses it. It always does.
+        #[doc(hidden)]
+        omitted: Option<Element>,
+    },
+    /// Not at all: it runs as the calling user, with nothing around it. For hosts that refuse what a jail needs, and
+    /// only where the user has asked for it.
+    Nothing,
+}
+
+impl Confine {
+    /// A jail with nothing left out.
+    pub const JAIL: Self = Self::Jail { omitted: None };
+
+    pub(crate) fn gives(&self, element: Element) -> bool {
+        matches!(self, Self::Jail { omitted } if *omitted != Some(element))
+    }
+
+    /// What a VMM of this process must be found to be confined by: one list for every VMM.
+    pub fn required(&self) -> Vec<Element> {
+        if !self.jails() {
+            return Vec::new();
+        }
+        let user = if as_root() { Element::OwnUser } else { Element::UserNamespace };
+        let group = cgroup::home().map(|_| Element::Cgroup);
+        ALWAYS.into_iter().chain([user]).chain(group).collect()
+    }
+
+    fn jails(&self) -> bool {
+        matches!(self, Self::Jail { .. })
+    }
+}
+
+/// What a VMM needs of the host, and nothing else.
+#[derive(Debug)]
+pub(crate) struct Needs<'a> {
+    /// The machine's own directory, whose name is that of the machine.
+    pub(crate) dir: &'a Path,
+    /// Files that are shown, each at a path of its own below the root.
+    pub(crate) files: Vec<(PathBuf, PathBuf, Bind)>,
+    /// Devices, under their own paths.
+    pub(crate) devices: Vec<&'static str>,
+    /// Whether it makes files that the host uses: sockets. They are below `/run`.
+    pub(crate) makes_files: bool,
+    /// Guest memory.
+    pub(crate) memory_mib: u32,
+    /// Virtual processors.
+    pub(crate) vcpus: u8,
+}
+
+/// What a VMM must be found to be confined by.
+#[derive(Debug)]
+pub(crate) struct Expected {
+    elements: Vec<Element>,
+    landlock: bool,
+}
+
+/// What a jail has on the host. Dropping it removes it.
+#[derive(Debug)]
+pub(crate) struct Place {
+    base: PathBuf,
+    group: Option<Group>,
+}
+
+impl Place {
+    /// The place itself.
+    pub(crate) fn base(&self) -> &Path {
+        &self.base
+    }
+
+    /// Where the host finds a file below the VMM's `run`.
+    pub(crate) fn of(&self, path: &str) -> PathBuf {
+        self.base.join(path)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // What stays is in the machine's directory, and goes with it.
+        fs_err::remove_dir_all(&self.base).ok();
+        drop(self.group.take());
+    }
+}
+
+/// The elements that every VMM has.
+const ALWAYS: [Element; 10] = [
+    Element::IpcNamespace,
+    Element::Limits,
+    Element::MountNamespace,
+    Element::NetworkNamespace,
+    Element::NoCapabilities,
+    Element::NoNewPrivileges,
+    Element::PidNamespace,
+    Element::Root,
+    Element::Seccomp,
+    Element::UtsNamespace,
+];
+
+impl Expected {
+    pub(crate) fn of(confine: &Confine) -> Self {
+        let landlock = confine.jails() && pyro_process::has_landlock();
+        Self { elements: confine.required(), landlock }
+    }
+
+    /// Looks at a VMM that runs.
+    ///
+    /// # Errors
+    /// When it lacks an element; the VMM must then be ended.
+    pub(crate) fn observe(&self, pid: u32) -> Result<Confinement, LaunchError> {
+        let found = Confinement::observed(pid).with_landlock(self.landlock);
+        match found.lacks(&self.elements) {
+            None => Ok(found),
+            Some(missing) => Err(LaunchError::Unconfined { missing }),
+        }
+    }
+}
+
+/// Makes the jail of a VMM.
+///
+/// # Errors
+/// When the machine's directory cannot be written, or the host refuses a control group.
+pub(crate) fn jail(confine: &Confine, needs: &Needs<'_>) -> io::Result<(Jail, Place)> {
+    // An earlier start has left it, if it is there: its process is dead, as the directory's lock is ours.
+    forget_soon(needs.dir)?;
+    let base = needs.dir.join(JAIL);
+    // A machine's directory that is gone is not made again.
+    fs_err::create_dir(&base)?;
+    let mut place = Place { base, group: None };
+    let root = place.base.join("root");
+    fs_err::create_dir(&root)?;
+    let mut jail = Jail::new(&root);
+    jail.empty_root();
+    let user = as_root().then(|| if confine.gives(Element::OwnUser) { user(needs.dir) } else { 0 });
+    for (source, target, bind) in &needs.files {
+        if let Some(user) = user {
+            let source = needs.dir.join(source);
+            match bind {
+                Bind::Read => make_readable(&source)?,
+                Bind::Write => lchown(&source, Some(user), Some(user))?,
+            }
+        }
+        jail.bind(&needs.dir.join(source), target, *bind);
+    }
+    let mut groups = Vec::new();
+    for device in &needs.devices {
+        let device = Path::new(device);
+        if user.is_some() {
+            groups.extend(group_of_device(device)?);
+        }
+        jail.bind(device, device, Bind::Write);
+    }
+    if needs.makes_files {
+        let run = place.base.join(RUN);
+        fs_err::create_dir(&run)?;
+        if let Some(user) = user {
+            lchown(&run, Some(user), Some(user))?;
+        }
+        jail.bind(&run, Path::new(RUN), Bind::Write);
+    }
+    jail.namespaces(namespaces(confine));
+    match user {
+        Some(user) => jail.user(user, &groups),
+        None => jail.namespaces(Namespaces::NEWUSER),
+    };
+    if confine.gives(Element::NoCapabilities) {
+        jail.drop_privileges().landlock();
+    }
+    if confine.gives(Element::Limits) {
+        jail.limit(Resource::Nofile, FILES_MAX).limit(Resource::Core, CORE_MAX);
+        jail.limit(Resource::Fsize, longest(needs));
+    }
+    if confine.gives(Element::Cgroup)
+        && let Some(group) = control_group_of(needs.dir)
+    {
+        let group = place.group.insert(Group::make(group, &Limits::of(needs.memory_mib, needs.vcpus))?);
+        jail.control_group(group.path());
+    }
+    Ok((jail, place))
+}
+
+/// Makes a jail with nothing in it. That there is no program in it to run shows that all else was granted.
+pub(crate) fn probe(confine: &Confine, dir: &Path) -> Result<(), LaunchError> {
+    const PROGRAM: &str = "/program";
+    if *confine == Confine::Nothing {
+        return Ok(());
+    }
+    let refused = |source| LaunchError::of_spawn(confine, PROGRAM.into(), source);
+    let (files, devices) = (Vec::new(), Vec::new());
+    let needs = Needs { dir, files, devices, makes_files: false, memory_mib: 0, vcpus: 1 };
+    let (jail, _place) = jail(confine, &needs).map_err(refused)?;
+    let mut spawn = pyro_process::Spawn::new(PROGRAM, dir);
+    spawn.jail(jail);
+    match spawn.spawn() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(refused(error)),
+        Ok(child) => {
+            drop(child.kill());
+            Err(refused(io::Error::other("a jail with nothing in it ran a program")))
+        }
+    }
+}
+
+/// What a VMM that is not confined needs in its place: its files under the names that the jail would show them by, so that
+/// what it saves names the same files. Its working directory is [`Place::base`].
+pub(crate) fn unconfined(needs: &Needs<'_>) -> io::Result<Place> {
+    forget_soon(needs.dir)?;
+    let base = needs.dir.join(JAIL);
+    fs_err::create_dir(&base)?;
+    let place = Place { base, group: None };
+    for (source, target, _) in &needs.files {
+        let target = target.strip_prefix("/").unwrap_or(target);
+        if target.components().count() == 1 {
+            fs_err::os::unix::fs::symlink(needs.dir.join(source), place.base.join(target))?;
+        }
+    }
+    fs_err::create_dir(place.base.join(RUN))?;
+    Ok(place)
+}
+
+/// The namespaces that are made, but for one that is left out to see whether it is missed.
+fn namespaces(confine: &Confine) -> Namespaces {
+    let all = [
+        (Element::MountNamespace, Namespaces::NEWNS),
+        (Element::NetworkNamespace, Namespaces::NEWNET),
+        (Element::IpcNamespace, Namespaces::NEWIPC),
+        (Element::UtsNamespace, Namespaces::NEWUTS),
+    ];
+    let made = all.into_iter().filter(|(element, _)| confine.gives(*element));
+    made.fold(Namespaces::empty(), |all, (_, namespace)| all | namespace)
+}
+
+/// The length that no file of a VMM's may pass, in bytes.
+fn longest(needs: &Needs<'_>) -> u64 {
+    let written = needs.files.iter().filter(|(_, _, bind)| *bind == Bind::Write);
+    let lengths = written.filter_map(|(source, _, _)| fs_err::metadata(needs.dir.join(source)).ok());
+    let memory = u64::from(needs.memory_mib) << 20;
+    lengths.map(|file| file.len()).max().unwrap_or(0).max(memory) + FILE_SLACK
+}
+
+fn as_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// The group that may use a device, as whoever is neither its owner nor in that group; none where all users may.
+fn group_of_device(device: &Path) -> io::Result<Option<u32>> {
+    let metadata = fs_err::metadata(device)?;
+    let may = |bits: u32| metadata.mode() & bits == bits;
+    if may(0o006) {
+        return Ok(None);
+    }
+    if may(0o060) {
+        return Ok(Some(metadata.gid()));
+    }
+    let text = format!("{} can be used by its owner alone: chmod g+rw {0}", device.display());
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
+}
+
+/// Removes what a dead VMM may have left of its confinement: its jail, and its control group, which is outside of the
+/// machine's directory.
+///
+/// # Errors
+/// When something is there and cannot be removed, as while the VMM is still dying.
+pub fn forget(dir: &Path) -> io::Result<()> {
+    if let Some(group) = control_group_of(dir) {
+        remove_control_group(&group)?;
+    }
+    match fs_err::remove_dir_all(dir.join(JAIL)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+/// As [`forget`], and waits for a VMM whose owner has just been killed.
+fn forget_soon(dir: &Path) -> io::Result<()> {
+    if let Some(group) = control_group_of(dir) {
+        cgroup::remove_soon(&group)?;
+    }
+    forget(dir)
+}
+
+/// What a machine is called outside of its directory: that directory's name, or what is allowed of it.
+pub(crate) fn machine_name(dir: &Path) -> String {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let allowed: String = name.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(64).collect();
+    if allowed.is_empty() { "machine".to_owned() } else { allowed }
+}
+
+/// The user and the group of a machine, by its name: two that live at once do not have the same, but for a chance of
+/// one in a hundred million.
+fn user(dir: &Path) -> u32 {
+    let hash = machine_name(dir).bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    FIRST_USER + u32::try_from(hash % u64::from(USERS)).unwrap_or(0)
+}
+
+/// Makes an empty file in place of any that is there.
+pub(crate) fn make_empty(path: &Path) -> io::Result<()> {
+    match fs_err::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => fs_err::File::create_new(path).map(drop),
+    }
+}
+
+/// Lets every user read a file of ours, where its directory does not hide it.
+fn make_readable(path: &Path) -> io::Result<()> {
+    let metadata = fs_err::metadata(path)?;
+    let mode = metadata.permissions().mode();
+    let ours = metadata.uid() == rustix::process::geteuid().as_raw();
+    if mode & 0o004 != 0 || !ours {
+        return Ok(());
+    }
+    fs_err::set_permissions(path, std::fs::Permissions::from_mode(mode | 0o444))
+}
