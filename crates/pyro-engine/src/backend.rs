@@ -155,11 +155,10 @@ impl Engine {
             unavailable("qemu-system-x86_64 is not installed").hint("apt-get install qemu-system-x86")
         })?;
         let accel = if facts.kvm.usable { Accel::Kvm } else { Accel::Tcg { tsc_khz: facts.tsc_khz } };
-        let config =
-            QemuConfig::ask(binary, &self.host_cache(), accel, self.confine()).map_err(|error| {
-                let hint = "reinstall it: apt-get install --reinstall qemu-system-x86";
-                unavailable(&error.to_string()).hint(hint)
-            })?;
+        let config = QemuConfig::ask(binary, &self.host_cache(), accel, self.confine()).map_err(|error| {
+            let hint = "reinstall it: apt-get install --reinstall qemu-system-x86";
+            unavailable(&error.to_string()).hint(hint)
+        })?;
         Ok(Driver::Qemu(Qemu::new(config)))
     }
 

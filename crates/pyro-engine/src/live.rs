@@ -177,12 +177,15 @@ impl Running {
     pub(crate) fn describe(&self, metadata: &mut BTreeMap<String, String>) {
         Self::forget_in(metadata);
         metadata.insert("confinement".to_owned(), self.machine.confinement().to_string());
+        if self.machine.confinement().is_unconfined() {
+            metadata.insert("unconfined_vmm".to_owned(), "true".to_owned());
+        }
         metadata.extend(self.cold_reason.clone().map(|reason| ("cold_reason".to_owned(), reason)));
     }
 
     /// Removes what [`Running::describe`] has written.
     pub(crate) fn forget_in(metadata: &mut BTreeMap<String, String>) {
-        for key in ["confinement", "cold_reason"] {
+        for key in ["confinement", "unconfined_vmm", "cold_reason"] {
             metadata.remove(key);
         }
     }

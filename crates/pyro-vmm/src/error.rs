@@ -4,8 +4,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::confine::Confine;
 use crate::MachineExit;
+use crate::confine::Confine;
 
 /// Why a machine did not start.
 #[derive(Debug, thiserror::Error)]

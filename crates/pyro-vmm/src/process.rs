@@ -14,6 +14,10 @@ use crate::machine::{MachineEnd, MachineExit};
 pub(crate) use crate::watch::Streams;
 use crate::watch::{self, ExitReceiver, Watched};
 
+/// How much sooner than others a VMM is ended by a host without memory, in thousandths of its memory: before its owner,
+/// which keeps the record, and before the user's programs.
+pub(crate) const OOM_SCORE_ADJ: i32 = 500;
+
 /// How long the end of a VMM is waited for that has closed its control channel.
 const EXIT_GRACE: Duration = Duration::from_secs(2);
 

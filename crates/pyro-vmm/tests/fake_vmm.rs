@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pyro_vmm::{
-    Accel, Confine, ControlError, DiskCache, LaunchError, Machine, MachineEnd, MachineSpec, Qemu, QemuConfig, Vmm,
+    Accel, Confine, ControlError, DiskCache, LaunchError, Machine, MachineEnd, MachineSpec, Qemu, QemuConfig,
+    Vmm,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

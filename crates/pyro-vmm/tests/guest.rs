@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pyro_vmm::host::{find_qemu, measure_tsc_khz};
-use pyro_vmm::{Accel, Confine, DiskCache, LaunchError, Machine, MachineEnd, MachineSpec, Qemu, QemuConfig, Vmm};
+use pyro_vmm::{
+    Accel, Confine, DiskCache, LaunchError, Machine, MachineEnd, MachineSpec, Qemu, QemuConfig, Vmm,
+};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;

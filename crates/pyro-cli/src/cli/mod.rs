@@ -256,6 +256,9 @@ pub(crate) struct MachineArgs {
     /// Boot the machine, also where a saved one could be restored
     #[arg(long)]
     pub(crate) cold: bool,
+    /// Run the VMM with nothing that keeps it apart from this host, where the host refuses what a jail needs
+    #[arg(long)]
+    pub(crate) unconfined_vmm: bool,
     /// Use this VMM instead of the best that works
     #[arg(long, value_name = "NAME", env = "PYRO_BACKEND")]
     pub(crate) backend: Option<String>,

@@ -47,9 +47,7 @@ fn lines(found: &Diagnosis) -> Vec<String> {
         ),
         found.firecracker.as_ref().map_or_else(
             || "Firecracker: not installed (pyro env firecracker --from ARCHIVE installs it)".to_owned(),
-            |found| {
-                format!("Firecracker: {} ({}, {})", found.version, found.binary, found.origin)
-            },
+            |found| format!("Firecracker: {} ({}, {})", found.version, found.binary, found.origin),
         ),
         format!(
             "Environment cache: {} installed={} free={}",

@@ -14,7 +14,7 @@ use crate::streams::{self, Forwarder, Written};
 const UNREAD: u8 = 141;
 
 pub(crate) async fn run(args: RunArgs, printer: &Printer) -> Result<ExitCode, Failure> {
-    let engine = Engine::open(config::engine(args.machine.backend.clone())?)?;
+    let engine = Engine::open(config::engine_for(&args.machine)?)?;
     let mut exec = ExecSpec::new(command(args.command));
     exec.timeout_seconds = args.timeout_seconds;
     let spec = machine(args.machine)?;

@@ -24,8 +24,11 @@ pub(crate) async fn run(
     printer: &Printer,
     interrupt: Interrupt,
 ) -> Result<ExitCode, Failure> {
-    let backend = if let TaskVerb::Create(args) = &verb { args.machine.backend.clone() } else { None };
-    let engine = Engine::open(config::engine(backend)?)?;
+    let config = match &verb {
+        TaskVerb::Create(args) => config::engine_for(&args.machine)?,
+        _ => config::engine(None)?,
+    };
+    let engine = Engine::open(config)?;
     match verb {
         TaskVerb::Create(args) => create(&engine, args, printer).await,
         TaskVerb::Exec(args) => exec(&engine, args, printer, interrupt).await,

@@ -92,8 +92,9 @@ pub(super) async fn restores(bench: &Bench) {
     for _ in 0..2 {
         let spec = bench.spec();
         lay_disk(&kept.dir.join(OVERLAY), &spec.dir.join(OVERLAY)).expect("copied");
-        let copy = bench.restore(spec, &saved).await;
+        let copy = bench.restore(spec.clone(), &saved).await;
         super::confinement::is_there(&copy);
+        super::confinement::holds(&copy, &spec).await;
         assert_eq!(copy.text("cat /dev/shm/note").await, "remembered");
         let sleeping = copy.text("cat /proc/[0-9]*/comm | grep -c '^sleep$'").await;
         assert_eq!(sleeping, "1", "its processes go on");
@@ -105,6 +106,7 @@ pub(super) async fn restores(bench: &Bench) {
         copy.text("echo private > /dev/shm/note").await;
         let skew = copy.text("date +%s.%N").await.parse::<f64>().expect("a time") - crate::registry::now();
         assert!(skew.abs() < 30.0, "the clock is {skew} s off");
+        super::confinement::mounts_nothing(&copy).await;
         copy.running.machine.kill().await;
     }
     assert_ne!(random[0].0, random[1].0);

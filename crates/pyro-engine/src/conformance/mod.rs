@@ -9,11 +9,11 @@ mod bench;
 mod confinement;
 mod drivers;
 mod guest;
+mod inject;
 mod machine;
 mod owner;
 
 use std::path::PathBuf;
-
 
 use self::bench::Bench;
 use self::drivers::Had;
@@ -78,6 +78,7 @@ async fn all(name: &'static str, (driver, _kept): Had, files: PathBuf) {
     suite.case("a_guest_out_of_memory_lives_on", async |_| guest::out_of_memory(&shared).await).await;
     suite.case("a_group_that_was_changed_serves_no_other", async |_| guest::groups(&shared).await).await;
     suite.case("the_vmm_is_confined", async |_| confinement::is_there(&shared)).await;
+    suite.case("a_vmm_cannot_reach_the_host", async |bench| confinement::booted_holds(bench).await).await;
     suite.case("a_paused_guest_waits", async |_| machine::pause(&shared).await).await;
     suite.case("a_power_off_ends_the_machine", async |bench| machine::power_off(bench, shared).await).await;
     suite.case("a_disk_outlives_its_machine", async |bench| machine::disk_stays(bench).await).await;

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 
 use pyro_process::{Bind, Jail, Namespaces, Resource};
 
-pub use self::cgroup::{control_group_of, remove_control_group};
 use self::cgroup::{Group, Limits};
-pub use self::observed::{Confinement, Element};
+pub use self::cgroup::{control_group_of, remove_control_group};
 pub(crate) use self::observed::{CORE_MAX, FILES_MAX};
+pub use self::observed::{Confinement, Element};
 use crate::LaunchError;
 
 /// Below a machine's directory: where the jail's root is mounted, in the VMM's own mount namespace.
@@ -139,7 +139,8 @@ impl Expected {
     /// # Errors
     /// When it lacks an element; the VMM must then be ended.
     pub(crate) fn observe(&self, pid: u32) -> Result<Confinement, LaunchError> {
-        let found = Confinement::observed(pid).with_landlock(self.landlock);
+        let unconfined = self.elements.is_empty();
+        let found = Confinement::observed(pid).with_landlock(self.landlock).with_unconfined(unconfined);
         match found.lacks(&self.elements) {
             None => Ok(found),
             Some(missing) => Err(LaunchError::Unconfined { missing }),
@@ -334,12 +335,18 @@ pub(crate) fn make_empty(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Takes a file back that a VMM's user was given to write a saved machine to: nothing may change it from now on.
+pub(crate) fn take_back(path: &Path) -> io::Result<()> {
+    if as_root() {
+        lchown(path, Some(0), Some(0))?;
+    }
+    fs_err::set_permissions(path, std::fs::Permissions::from_mode(0o444))
+}
+
 /// Lets every user read a file of ours, where its directory does not hide it.
 fn make_readable(path: &Path) -> io::Result<()> {
-    let metadata = fs_err::metadata(path)?;
-    let mode = metadata.permissions().mode();
-    let ours = metadata.uid() == rustix::process::geteuid().as_raw();
-    if mode & 0o004 != 0 || !ours {
+    let mode = fs_err::metadata(path)?.permissions().mode();
+    if mode & 0o004 != 0 {
         return Ok(());
     }
     fs_err::set_permissions(path, std::fs::Permissions::from_mode(mode | 0o444))

@@ -96,6 +96,8 @@ pub struct Confinement {
     elements: BTreeSet<Element>,
     /// Landlock, of which the kernel gives no account: what was asked of it.
     landlock: bool,
+    /// Whether it was started without a jail, because the user has asked for that.
+    unconfined: bool,
 }
 
 /// The most files that a process may have open to count as limited.
@@ -109,13 +111,24 @@ impl Confinement {
     pub fn observed(pid: u32) -> Self {
         let process = Process { dir: PathBuf::from(format!("/proc/{pid}")) };
         let elements = Element::ALL.into_iter().filter(|element| process.has(*element)).collect();
-        Self { elements, landlock: false }
+        Self { elements, landlock: false, unconfined: false }
     }
 
     /// Notes that Landlock was applied; the kernel tells nobody.
     pub(crate) fn with_landlock(mut self, applied: bool) -> Self {
         self.landlock = applied;
         self
+    }
+
+    /// Notes that it was started without a jail.
+    pub(crate) fn with_unconfined(mut self, unconfined: bool) -> Self {
+        self.unconfined = unconfined;
+        self
+    }
+
+    /// Whether it was started without a jail, because the user has asked for that.
+    pub fn is_unconfined(&self) -> bool {
+        self.unconfined
     }
 
     /// Whether it has this element.

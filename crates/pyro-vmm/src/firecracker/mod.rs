@@ -29,7 +29,7 @@ use crate::error::{ControlError, LaunchError};
 use crate::host::{cpu_identity, program_identity};
 use crate::kernel_args;
 use crate::machine::Machine;
-use crate::process::{Streams, VmmProcess};
+use crate::process::{OOM_SCORE_ADJ, Streams, VmmProcess};
 use crate::spec::{
     BackendKind, Capabilities, Channel, DiskCache, Fingerprint, Isolation, MachineSpec, Snapshot, VSOCK_PORT,
 };
@@ -209,6 +209,7 @@ fn start(config: &FirecrackerConfig, spec: &MachineSpec, from: Option<&Snapshot>
     let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
     let ((console, its_console), (stderr, its_stderr)) = (pipe()?, pipe()?);
     spawn.stdout(Stdio::from(its_console)).stderr(Stdio::from(its_stderr)).own_process_group();
+    spawn.oom_score_adj(OOM_SCORE_ADJ);
     let log = make_log(&place.of(LOG))?;
     let sockets = Sockets {
         api: place.of(API),
@@ -307,11 +308,7 @@ async fn connect_api(socket: &Path) -> Result<Api, ControlError> {
 }
 
 fn boot_source(spec: &MachineSpec) -> BootSource {
-    BootSource {
-        kernel_image_path: KERNEL,
-        initrd_path: INITRAMFS,
-        boot_args: kernel_command_line(spec),
-    }
+    BootSource { kernel_image_path: KERNEL, initrd_path: INITRAMFS, boot_args: kernel_command_line(spec) }
 }
 
 fn kernel_command_line(spec: &MachineSpec) -> String {
@@ -384,13 +381,14 @@ impl Control for FirecrackerControl {
 
     fn save(&self) -> Answer<'_, Snapshot> {
         Box::pin(async {
-            let save = SnapshotCreateParams {
-                snapshot_type: "Full",
-                snapshot_path: STATE,
-                mem_file_path: MEMORY,
-            };
+            let save =
+                SnapshotCreateParams { snapshot_type: "Full", snapshot_path: STATE, mem_file_path: MEMORY };
             self.call(save).await?;
-            Ok(self.sockets.saved.clone())
+            let saved = self.sockets.saved.clone();
+            for file in [&saved.state, &saved.memory] {
+                confine::take_back(file).map_err(ControlError::Io)?;
+            }
+            Ok(saved)
         })
     }
 }

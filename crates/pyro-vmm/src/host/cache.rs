@@ -116,7 +116,12 @@ struct Host {
 impl Cache {
     /// What the file holds; nothing where it is missing, too long, of another format, or garbage.
     pub(super) fn read(path: &Path) -> Self {
-        Self::try_read(path).unwrap_or(Self { format: FORMAT, host: None, qemus: Vec::new(), firecrackers: Vec::new() })
+        Self::try_read(path).unwrap_or(Self {
+            format: FORMAT,
+            host: None,
+            qemus: Vec::new(),
+            firecrackers: Vec::new(),
+        })
     }
 
     fn try_read(path: &Path) -> Option<Self> {

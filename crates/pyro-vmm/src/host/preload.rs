@@ -44,7 +44,9 @@ mod tests {
 
     #[test]
     fn qemus_before_8_2_need_it() {
-        for (version, needed) in [("7.2.22", true), ("8.1", true), ("8.2.0", false), ("10.0.2", false), ("9", false)] {
+        for (version, needed) in
+            [("7.2.22", true), ("8.1", true), ("8.2.0", false), ("10.0.2", false), ("9", false)]
+        {
             assert_eq!(is_needed(version), needed, "{version}");
         }
     }

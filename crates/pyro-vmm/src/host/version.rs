@@ -135,11 +135,7 @@ fn plausible(text: &str) -> Option<String> {
 }
 
 /// Runs a program and returns the beginning of its output. Whatever it is, it neither hangs nor floods us.
-pub(super) fn run(
-    binary: &Path,
-    args: &[&str],
-    env: &[(&str, &str)],
-) -> io::Result<(ExitStatus, String)> {
+pub(super) fn run(binary: &Path, args: &[&str], env: &[(&str, &str)]) -> io::Result<(ExitStatus, String)> {
     let mut spawn = Spawn::new(binary, Path::new("/"));
     for (name, value) in env {
         spawn.env(name, value);

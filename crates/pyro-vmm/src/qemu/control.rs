@@ -10,6 +10,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{MEMORY, STATE};
+use crate::confine;
 use crate::control::{Answer, Control};
 use crate::error::ControlError;
 use crate::qmp::Qmp;
@@ -80,6 +81,9 @@ impl Control for QemuControl {
             let saved = Snapshot { state: dir.join(STATE), memory: dir.join(MEMORY) };
             let state = saved.state.clone();
             self.ask(|qmp| Box::pin(async move { save(qmp, &state).await })).await?;
+            for file in [&saved.state, &saved.memory] {
+                confine::take_back(file).map_err(ControlError::Io)?;
+            }
             Ok(saved)
         })
     }

@@ -23,10 +23,11 @@ use crate::Vmm;
 use crate::confine::{self, Confine, Element, Expected, Needs, Place};
 use crate::error::{ControlError, LaunchError};
 use crate::host::{
-    QemuFacts, QemuFiles, VersionError, cpu_identity, needs_preload, preload_library, program_identity, qemu_facts,
+    QemuFacts, QemuFiles, VersionError, cpu_identity, needs_preload, preload_library, program_identity,
+    qemu_facts,
 };
 use crate::machine::Machine;
-use crate::process::{Streams, VmmProcess};
+use crate::process::{OOM_SCORE_ADJ, Streams, VmmProcess};
 use crate::qmp::Qmp;
 use crate::spec::{BackendKind, Capabilities, Channel, Fingerprint, Isolation, MachineSpec, Snapshot};
 
@@ -256,6 +257,7 @@ fn start(config: &QemuConfig, spec: &MachineSpec, from: Option<&Snapshot>) -> io
         .stdout(Stdio::null())
         .stderr(Stdio::from(qemu_stderr))
         .own_process_group()
+        .oom_score_adj(OOM_SCORE_ADJ)
         .fd(qemu_channel.into(), command_line::CHANNEL_FD)
         .fd(qemu_control.into(), command_line::CONTROL_FD)
         .fd(qemu_console.into(), command_line::CONSOLE_FD);
