@@ -2,7 +2,7 @@
 
 #![expect(unsafe_code, reason = "code between fork and exec, and numbered descriptors for the child")]
 
-use std::ffi::OsStr;
+use std::ffi::{CStr, OsStr};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
@@ -23,6 +23,7 @@ pub struct Spawn {
     command: Command,
     fds: Vec<(OwnedFd, RawFd)>,
     jail: Option<Jail>,
+    oom_score_adj: Option<i32>,
 }
 
 /// Whether the child belongs to the process that starts it.
@@ -50,7 +51,7 @@ impl Spawn {
     pub fn new(program: impl AsRef<OsStr>, cwd: &Path) -> Self {
         let mut command = Command::new(program);
         command.current_dir(cwd).env_clear().stdin(Stdio::null());
-        Self { command, fds: Vec::new(), jail: None }
+        Self { command, fds: Vec::new(), jail: None, oom_score_adj: None }
     }
 
     /// Adds one argument.
@@ -109,6 +110,13 @@ impl Spawn {
         self
     }
 
+    /// Makes the kernel prefer the child, and what it starts, when memory runs out: 1000 is the most. A child whose owner
+    /// is preferred as much already keeps the owner's value.
+    pub fn oom_score_adj(&mut self, value: i32) -> &mut Self {
+        self.oom_score_adj = Some(value);
+        self
+    }
+
     /// Starts the child.
     ///
     /// # Errors
@@ -152,7 +160,8 @@ impl Spawn {
             .collect::<io::Result<Vec<_>>>()?;
         self.fds.clear();
         let jail = self.jail.take().map(Jail::prepare).transpose()?;
-        let hook = move || prepare_child(bond, jail.as_ref(), &moved);
+        let oom_score_adj = self.oom_score_adj.map(raised_oom_score).transpose()?.flatten();
+        let hook = move || prepare_child(bond, oom_score_adj.as_deref(), jail.as_ref(), &moved);
         // SAFETY: the hook makes system calls only; it neither allocates nor takes a lock.
         unsafe { self.command.pre_exec(hook) };
         on_spawner(self.command)
@@ -245,8 +254,23 @@ fn only_child(pid: u32) -> Option<u32> {
     children.split_ascii_whitespace().next()?.parse().ok()
 }
 
+const OOM_SCORE_ADJ: &CStr = c"/proc/self/oom_score_adj";
+
+/// The text to write for this value. None where this process, and so its child, has as much already: to lower the value
+/// needs a privilege, and would spare the child.
+fn raised_oom_score(value: i32) -> io::Result<Option<Vec<u8>>> {
+    let own = fs_err::read_to_string(OOM_SCORE_ADJ.to_string_lossy().as_ref())?;
+    let own: i32 = own.trim().parse().map_err(io::Error::other)?;
+    Ok((own < value).then(|| value.to_string().into_bytes()))
+}
+
 /// What the child does between fork and exec.
-fn prepare_child(bond: Bond, jail: Option<&Prepared>, fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
+fn prepare_child(
+    bond: Bond,
+    oom_score_adj: Option<&[u8]>,
+    jail: Option<&Prepared>,
+    fds: &[(OwnedFd, RawFd)],
+) -> io::Result<()> {
     match bond {
         Bond::Owned(owner) => {
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
@@ -255,6 +279,12 @@ fn prepare_child(bond: Bond, jail: Option<&Prepared>, fds: &[(OwnedFd, RawFd)]) 
             }
         }
         Bond::Detached => detach()?,
+    }
+    // Before the jail, which may hide this file; the program inherits the value.
+    if let Some(text) = oom_score_adj {
+        let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
+        let file = rustix::fs::open(OOM_SCORE_ADJ, flags, rustix::fs::Mode::empty())?;
+        rustix::io::write(file, text)?;
     }
     if let Some(jail) = jail {
         jail.enter()?;
@@ -368,6 +398,18 @@ mod tests {
         let output = output(spawn).expect("sh runs");
         // 0, 1, 2 and the directory that ls itself reads.
         assert_eq!(String::from_utf8_lossy(&output.stdout), "4\n0\n");
+    }
+
+    #[test]
+    fn the_kernel_takes_a_child_before_its_owner_when_memory_runs_out() {
+        let own = fs_err::read_to_string("/proc/self/oom_score_adj").expect("read");
+        let own: i32 = own.trim().parse().expect("a number");
+        for (asked, expected) in [(700, 700.max(own)), (-1000, own)] {
+            let mut spawn = Spawn::new("cat", Path::new("/"));
+            spawn.arg("/proc/self/oom_score_adj").oom_score_adj(asked);
+            let output = output(spawn).expect("cat runs");
+            assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{expected}\n"));
+        }
     }
 
     #[test]
