@@ -28,7 +28,6 @@ mod templates;
 
 use std::borrow::Cow;
 use std::ffi::OsString;
-use std::fs::File;
 use std::path::PathBuf;
 
 pub use self::doctor::Check;
@@ -37,6 +36,7 @@ use self::paths::Paths;
 pub use self::prune::Pruned;
 pub use self::templates::{Template, TemplateBuild, TemplateEntry, TemplateFiles, TemplateShape};
 use crate::catalog::{self, CATALOG};
+use crate::lock::Lock;
 use crate::progress::Progress;
 use crate::tool::Tools;
 use crate::{ImageError, staging};
@@ -98,16 +98,7 @@ pub struct Environment {
     pub initramfs: PathBuf,
     /// The read-only root file system: an EROFS image.
     pub rootfs: PathBuf,
-    leases: [File; 3],
-}
-
-impl Environment {
-    /// What is held open so that its shared locks keep the files from being pruned.
-    ///
-    /// A process that inherits (copies of) all of them keeps the environment installed as well.
-    pub fn leases(&self) -> &[File] {
-        &self.leases
-    }
+    _leases: [Lock; 3],
 }
 
 impl Store {

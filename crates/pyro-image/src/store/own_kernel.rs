@@ -3,7 +3,6 @@
 //! It has everything built in that a guest needs, so it comes without modules. Which one is used, a pointer says; where
 //! that kernel is missing or damaged, guests have the kernel of their environment again.
 
-use std::fs::File;
 use std::path::Path;
 
 use super::Store;
@@ -12,6 +11,7 @@ use super::install::{recorded, rename_into_place, shared};
 use super::kernels::{StoredKernel, write_kernel};
 use super::paths::OWN_KERNEL;
 use crate::kernel::{self, Kernel, KernelError};
+use crate::lock::Lock;
 use crate::manifest::{self, FORMAT_VERSION, Pointer};
 use crate::staging::Staging;
 use crate::{ImageError, files};
@@ -71,7 +71,7 @@ impl Store {
     }
 
     /// The kernel that takes the place of others, and a lease on it.
-    pub(super) fn own_kernel(&self) -> Result<Option<(StoredKernel, File)>, ImageError> {
+    pub(super) fn own_kernel(&self) -> Result<Option<(StoredKernel, Lock)>, ImageError> {
         let Some(digest) = self.own_kernel_digest()? else { return Ok(None) };
         let Some(lease) = shared(&self.paths.kernel(&digest))? else { return Ok(None) };
         let Some(kernel) = self.stored_kernel(&digest)? else { return Ok(None) };
