@@ -172,6 +172,11 @@ impl Store {
     ) -> Result<Option<(StoredKernel, Lock)>, ImageError> {
         let cancelled = || progress.cancelled();
         let own = self.own_kernel()?;
+        if let (Some(tried), None) = (&self.tried_kernel, &own) {
+            // It would be another kernel that proves itself.
+            let path = self.paths.kernel(tried);
+            return Err(ImageError::cache(path)(std::io::ErrorKind::NotFound.into()));
+        }
         let digest = &installation.manifest.kernel_digest;
         let Some(lease) = shared(&self.paths.kernel(digest))? else { return Ok(None) };
         let Some(kernel) = self.stored_kernel(digest)? else { return Ok(None) };

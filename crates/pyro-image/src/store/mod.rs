@@ -32,6 +32,7 @@ use std::path::PathBuf;
 
 pub use self::doctor::Check;
 pub use self::entry::{Entry, Inspection, Pulled};
+pub use self::own_kernel::AddedKernel;
 use self::paths::Paths;
 pub use self::prune::Pruned;
 pub use self::templates::{Template, TemplateBuild, TemplateEntry, TemplateFiles, TemplateShape};
@@ -66,6 +67,8 @@ pub struct Store {
     paths: Paths,
     config: Config,
     tools: Tools,
+    /// The kernel that guests of this store boot with, whatever the others boot with.
+    tried_kernel: Option<String>,
 }
 
 /// The configuration without what would fill a screen in debug output.
@@ -111,7 +114,7 @@ impl Store {
         let tools = Tools::new(&config.tool_path);
         let root = paths.staging();
         staging::sweep(&root, &tools).map_err(ImageError::cache(root))?;
-        Ok(Self { paths, config: Config(config), tools })
+        Ok(Self { paths, config: Config(config), tools, tried_kernel: None })
     }
 
     /// Checks that the catalog has an environment of this name, without looking at the disk.
