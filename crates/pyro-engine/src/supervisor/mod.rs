@@ -11,6 +11,7 @@
 //! it. One lock (`gate`) makes starts, stops and removals happen one after another. Commands run at the same time.
 
 mod body;
+mod clock;
 mod command;
 mod commands;
 mod footprint;
