@@ -188,8 +188,8 @@ pub(crate) struct KernelArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct FirecrackerArgs {
-    /// The archive to take it from: a release's .tgz or a wheel, as a file or an https address
-    #[arg(long, value_name = "ARCHIVE", env = "PYRO_FIRECRACKER")]
+    /// The archive to take it from, instead of $PYRO_FIRECRACKER: a release's .tgz or a wheel, as a file or an https address
+    #[arg(long, value_name = "ARCHIVE")]
     pub(crate) from: Option<std::path::PathBuf>,
     #[command(flatten)]
     pub(crate) output: Output,
@@ -256,8 +256,8 @@ pub(crate) struct MachineArgs {
     /// Boot the machine, also where a saved one could be restored
     #[arg(long)]
     pub(crate) cold: bool,
-    /// Use this VMM instead of the best that works
-    #[arg(long, value_name = "NAME", env = "PYRO_BACKEND")]
+    /// Use this VMM instead of the best that works, or instead of $PYRO_BACKEND
+    #[arg(long, value_name = "NAME")]
     pub(crate) backend: Option<String>,
 }
 
