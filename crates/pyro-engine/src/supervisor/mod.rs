@@ -14,7 +14,6 @@ mod body;
 mod clock;
 mod command;
 mod commands;
-mod footprint;
 mod serve;
 mod unsettled;
 
@@ -95,7 +94,6 @@ pub async fn supervise() -> io::Result<()> {
         supervisor.clone().give_up(kind).await;
         return Ok(());
     }
-    footprint::release_boot_code();
     serve::until_gone(supervisor, listener).await
 }
 
