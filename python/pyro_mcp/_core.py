@@ -25,6 +25,11 @@ OnOutput = Callable[[OutputEvent], Any]
 Path = Union[str, "os.PathLike[str]"]
 
 
+def _absolute(directory: Optional[Path]) -> Optional[str]:
+    """A directory as other processes of pyro must understand it, whatever their own working directory."""
+    return None if directory is None else os.path.abspath(os.path.expanduser(os.fspath(directory)))
+
+
 class Client:
     """An engine, and what both kinds of clients do with it."""
 
@@ -36,8 +41,10 @@ class Client:
         cache_dir: Optional[Path] = None,
         max_active_vms: int = DEFAULT_MAX_ACTIVE_VMS,
     ) -> None:
+        # A server that is started later has the directories of now.
+        base_dir, cache_dir = _absolute(base_dir), _absolute(cache_dir)
         given = {"PYRO_BACKEND": backend_name, "PYRO_STATE_DIR": base_dir, "PYRO_ENVIRONMENT_CACHE_DIR": cache_dir}
-        self._environ: Dict[str, str] = {name: os.fspath(value) for name, value in given.items() if value is not None}
+        self._environ: Dict[str, str] = {name: value for name, value in given.items() if value is not None}
         # The environment may set another default.
         cap = None if max_active_vms == DEFAULT_MAX_ACTIVE_VMS else max_active_vms
         if cap is not None:
@@ -50,8 +57,8 @@ class Client:
         self._opened: Optional[_pyro.Engine] = _pyro.Engine(
             program=find_program(),
             backend_name=backend_name,
-            base_dir=None if base_dir is None else os.fspath(base_dir),
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            base_dir=base_dir,
+            cache_dir=cache_dir,
             max_active_vms=cap,
         )
         _open_clients.add(self)

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use pyro_engine::EngineConfig;
+use pyro_engine::{EngineConfig, absolute_path};
 use tokio::runtime::Runtime;
 
 use crate::exceptions;
@@ -34,10 +34,11 @@ impl Engine {
         let runtime = runtime()?;
         let opened = py.detach(|| {
             let config = EngineConfig::from_environment(Some(program))?;
+            let absolute = |dir: Option<PathBuf>| dir.map(|dir| absolute_path(&dir)).transpose();
             pyro_engine::Engine::open(EngineConfig {
                 backend: backend_name.or_else(|| config.backend.clone()),
-                state_dir: base_dir.unwrap_or_else(|| config.state_dir.clone()),
-                cache_dir: cache_dir.unwrap_or_else(|| config.cache_dir.clone()),
+                state_dir: absolute(base_dir)?.unwrap_or_else(|| config.state_dir.clone()),
+                cache_dir: absolute(cache_dir)?.unwrap_or_else(|| config.cache_dir.clone()),
                 max_active_vms: max_active_vms.unwrap_or(config.max_active_vms),
                 // The next command of a program is like its last.
                 spare: true,

@@ -22,6 +22,7 @@ use crate::printer::Printer;
 const WIND_UP: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
+    pyro_engine::make_file_limits_errors();
     let cli = Cli::parse();
     if let Verb::Supervise { .. } = cli.verb {
         return supervise();

@@ -100,15 +100,11 @@ impl Engine {
     /// As [`Engine::open`], without looking at what others have left.
     pub(crate) fn open_as_is(config: EngineConfig) -> Result<Self, Error> {
         crate::backend::check_name(config.backend.as_deref())?;
-        let store = Store::open(StoreConfig {
-            cache_dir: config.cache_dir.clone(),
-            apt_sources: config.apt_sources.clone(),
-            tool_path: config.tool_path.clone(),
-            agent: crate::AGENT.into(),
-            agent_digest: crate::AGENT_DIGEST.into(),
-            template_limit_mib: config.template_limit_mib,
-            catalog_version: crate::VERSION.to_owned(),
-        })?;
+        let store = open_store(&config)?;
+        Self::on_store(config, store)
+    }
+
+    fn on_store(config: EngineConfig, store: Store) -> Result<Self, Error> {
         let registry = Arc::new(Registry::open(&config.state_dir)?);
         Ok(Self {
             inner: Arc::new(Inner {
@@ -164,19 +160,25 @@ impl Engine {
         self.with_store(name, observer, |store, name, building| store.pull(name, building)).await
     }
 
-    /// Has all guests boot with a kernel of the caller's from now on. It is tried first, where an environment is installed,
-    /// and one that does not boot is not kept. Returns its digest and its release.
+    /// Has all guests boot with a kernel of the caller's from now on. Where an environment is installed, a machine tries it
+    /// first; until that machine has run a command, and where it fails, all others boot as before. Returns the kernel's
+    /// digest and its release.
     ///
     /// # Errors
-    /// When the file is no kernel, or no guest boots with it; guests have the kernels of their environments then.
+    /// When the file is no kernel, or the machine that tries it does not run.
     pub async fn use_kernel(&self, image: &Path, observer: &Observer) -> Result<(String, String), Error> {
         let store = &self.inner.store;
-        let used = store.use_kernel(image)?;
+        let added = store.add_kernel(image)?;
         let installed = store.list()?.into_iter().find(|entry| entry.installed);
         if let Some(entry) = installed {
-            observer.tell(Phase::Environment("trying".to_owned(), format!("{} with {}", entry.name, used.1)));
+            observer.tell(Phase::Environment(
+                "trying".to_owned(),
+                format!("{} with {}", entry.name, added.release),
+            ));
+            let trying = open_store(&self.inner.config)?.trying(&added);
+            let engine = Self::on_store(self.inner.config.clone(), trying)?;
             let spec = VmSpec { cold: true, ..VmSpec::new(entry.name) };
-            let tried = self.run(spec, ExecSpec::new(Command::argv(["true"])), Observer::none()).await;
+            let tried = engine.run(spec, ExecSpec::new(Command::argv(["true"])), Observer::none()).await;
             let failed = match tried {
                 Ok(result) if result.exit_code == 0 => None,
                 Ok(result) => {
@@ -186,11 +188,11 @@ impl Engine {
                 Err(error) => Some(error),
             };
             if let Some(error) = failed {
-                store.forget_kernel()?;
                 return Err(error.hint("it is not used; build one of kernel/config: make kernel"));
             }
         }
-        Ok(used)
+        store.use_kernel(&added)?;
+        Ok((added.digest, added.release))
     }
 
     /// Removes all environments that no machine, no task and no build uses.
@@ -314,4 +316,17 @@ impl Engine {
 /// Whether an error leaves the host as a place for a command, which its caller has allowed.
 pub(crate) fn may_use_host(spec: &VmSpec, error: &Error) -> bool {
     error.kind() == ErrorKind::GuestUnavailable && spec.allow_host_compat && spec.require_isolation.is_none()
+}
+
+fn open_store(config: &EngineConfig) -> Result<Store, Error> {
+    let store = Store::open(StoreConfig {
+        cache_dir: config.cache_dir.clone(),
+        apt_sources: config.apt_sources.clone(),
+        tool_path: config.tool_path.clone(),
+        agent: crate::AGENT.into(),
+        agent_digest: crate::AGENT_DIGEST.into(),
+        template_limit_mib: config.template_limit_mib,
+        catalog_version: crate::VERSION.to_owned(),
+    })?;
+    Ok(store)
 }

@@ -109,11 +109,25 @@ impl Error {
         let words = error.to_string();
         let place = path.display().to_string();
         let text = if words.contains(&place) { words } else { format!("'{place}': {words}") };
+        if let Some(limited) = Self::file_limit(error.kind(), &format!("the state directory: {text}")) {
+            return limited;
+        }
         let hint = match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "free some disk space",
             _ => "check its owner and mode, or set PYRO_STATE_DIR to another directory",
         };
         Self::new(ErrorKind::Host, format!("the state directory: {text}")).hint(hint)
+    }
+
+    /// What failed because this process may not make a file that long. None where there is no such limit, or the error is
+    /// another one.
+    pub(crate) fn file_limit(kind: io::ErrorKind, what: &str) -> Option<Self> {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current?;
+        (kind == io::ErrorKind::FileTooLarge).then(|| {
+            let text =
+                format!("{what}: this process may not make a file longer than {limit} bytes (ulimit -f)");
+            Self::new(ErrorKind::HostResources, text).hint("raise the limit: ulimit -f unlimited")
+        })
     }
 
     /// An error that another process has told.
@@ -148,6 +162,11 @@ impl std::error::Error for Error {}
 
 impl From<pyro_image::ImageError> for Error {
     fn from(error: pyro_image::ImageError) -> Self {
+        if let Some(kind) = error.io_kind()
+            && let Some(limited) = Self::file_limit(kind, &chain(&error))
+        {
+            return limited;
+        }
         let kind = match error.code() {
             "unknown_environment" => ErrorKind::UnknownEnvironment,
             "cancelled" => ErrorKind::Cancelled,
@@ -160,6 +179,14 @@ impl From<pyro_image::ImageError> for Error {
 impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
         let text = format!("the registry: {error}");
+        // SQLite tells a write that the kernel has refused, and keeps the reason to itself.
+        let refused = matches!(
+            error.sqlite_error_code(),
+            Some(rusqlite::ErrorCode::SystemIoFailure | rusqlite::ErrorCode::DiskFull)
+        );
+        if refused && let Some(limited) = Self::file_limit(io::ErrorKind::FileTooLarge, &text) {
+            return limited;
+        }
         Self::new(ErrorKind::Host, text)
             .hint("free some disk space, check the state directory's owner and mode, or set PYRO_STATE_DIR")
     }

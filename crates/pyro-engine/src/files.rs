@@ -3,6 +3,9 @@
 use std::io::{self, Read, Write};
 use std::path::Path;
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
+
 /// Writes `bytes` to `path`, which at any moment holds its old contents or its new ones, whole. The bytes are on
 /// the disk when this returns; the name is once the directory is synced.
 ///
@@ -23,6 +26,29 @@ pub(crate) fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
         drop(fs_err::remove_file(&beside));
     }
     written
+}
+
+/// Renames a file, unless something has the new name already.
+///
+/// # Errors
+/// [`io::ErrorKind::AlreadyExists`] when something has it, or when the file system refuses.
+pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // 9p, FUSE, NFS and older ZFS do not know the flag.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => rename_new_in_steps(from, to),
+        renamed => renamed.map_err(io::Error::from),
+    }
+}
+
+/// As [`rename_new`], where the file system cannot do it at once. A link never replaces anything; where there are no links
+/// either, the caller's lock is what keeps others from taking the name in between.
+fn rename_new_in_steps(from: &Path, to: &Path) -> io::Result<()> {
+    match fs_err::hard_link(from, to) {
+        Ok(()) => fs_err::remove_file(from),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(error),
+        Err(_no_links) if fs_err::symlink_metadata(to).is_ok() => Err(io::ErrorKind::AlreadyExists.into()),
+        Err(_no_links) => fs_err::rename(from, to),
+    }
 }
 
 /// Makes the names in a directory durable.
@@ -81,5 +107,21 @@ mod tests {
         }
         assert_eq!(read_bounded(&path, 4).expect_err("too long").kind(), io::ErrorKind::FileTooLarge);
         assert_eq!(fs_err::read_dir(dir.path()).expect("read").count(), 1);
+    }
+
+    #[test]
+    fn a_file_system_that_cannot_rename_without_replacing_is_no_obstacle() {
+        type Rename = fn(&Path, &Path) -> io::Result<()>;
+        for rename in [rename_new as Rename, rename_new_in_steps] {
+            let dir = tempfile::tempdir().expect("a directory");
+            let [from, to] = ["next", "entry"].map(|name| dir.path().join(name));
+            fs_err::write(&from, "first").expect("written");
+            rename(&from, &to).expect("renamed");
+            assert!(!from.exists());
+            fs_err::write(&from, "second").expect("written");
+            assert_eq!(rename(&from, &to).expect_err("taken").kind(), io::ErrorKind::AlreadyExists);
+            assert_eq!(fs_err::read_to_string(&to).expect("read"), "first");
+            assert_eq!(fs_err::read_to_string(&from).expect("read"), "second");
+        }
     }
 }

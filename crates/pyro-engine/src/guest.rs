@@ -143,10 +143,15 @@ impl Guest {
                 break;
             }
             asked = Instant::now();
-            let request = SetClockRequest { realtime_nanos: realtime_nanos() };
-            self.client.set_clock(request).await.map_err(other)?;
+            self.set_clock().await.map_err(other)?;
         }
         Ok(())
+    }
+
+    /// Sets the guest's clock to the host's.
+    pub(crate) async fn set_clock(&self) -> Result<(), Status> {
+        let request = SetClockRequest { realtime_nanos: realtime_nanos() };
+        self.client.clone().set_clock(request).await.map(drop)
     }
 
     /// Sends a command, once.

@@ -46,6 +46,7 @@ pub use diagnosis::{
     Capabilities, Diagnosis, EnvironmentCache, FirecrackerFacts, Issue, Kvm, Networking, State, VmmFacts,
 };
 pub use engine::{Engine, EngineConfig, Reaped};
+pub use environment::absolute_path;
 pub use error::{Error, ErrorKind};
 pub use guest::{Chunk, Stream};
 pub use observe::{Observer, Phase};
@@ -57,6 +58,8 @@ pub use task::{
     TaskLogs, TaskRecord,
 };
 pub use template::PreparedTemplate;
+
+pub use pyro_process::make_file_limits_errors;
 
 pub use pyro_image::{Check, Entry, Inspection, Pruned, Pulled, TemplateEntry};
 pub use pyro_vmm::Isolation;

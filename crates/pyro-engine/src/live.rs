@@ -351,8 +351,10 @@ pub(crate) fn lay_disk(from: &Path, overlay: &Path) -> Result<(), Error> {
         .and_then(|()| fs_err::rename(&beside, overlay));
     laid.map_err(|error| {
         drop(files::remove_if_there(&beside));
-        Error::host("the machine's disk could not be made", &error)
-            .hint("free some space in the state directory, or set PYRO_STATE_DIR")
+        let what = "the machine's disk could not be made";
+        Error::file_limit(error.kind(), &format!("{what}: {error}")).unwrap_or_else(|| {
+            Error::host(what, &error).hint("free some space in the state directory, or set PYRO_STATE_DIR")
+        })
     })
 }
 

@@ -116,6 +116,18 @@ impl ImageError {
         }
     }
 
+    /// The kind of the error of the file system behind it, where there is one.
+    pub fn io_kind(&self) -> Option<io::ErrorKind> {
+        let mut next: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(error) = next {
+            if let Some(error) = error.downcast_ref::<io::Error>() {
+                return Some(error.kind());
+            }
+            next = error.source();
+        }
+        None
+    }
+
     /// What the user can do about it, where there is something.
     pub fn hint(&self) -> Option<String> {
         match self {

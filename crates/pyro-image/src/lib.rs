@@ -34,7 +34,7 @@ pub use self::manifest::{FileRecord, Manifest, ManifestError, Package};
 pub use self::progress::{Progress, Silent};
 pub use self::sparse::copy_sparse;
 pub use self::store::{
-    Check, Entry, Environment, Inspection, Pruned, Pulled, Store, StoreConfig, Template, TemplateBuild,
-    TemplateEntry, TemplateFiles, TemplateShape,
+    AddedKernel, Check, Entry, Environment, Inspection, Pruned, Pulled, Store, StoreConfig, Template,
+    TemplateBuild, TemplateEntry, TemplateFiles, TemplateShape,
 };
 pub use self::tool::ToolError;

@@ -15,10 +15,30 @@ pub(crate) enum Mode {
     Exclusive,
 }
 
+/// A lock that is held until it is dropped.
+///
+/// It is unlocked explicitly. Closing the file does not suffice: a child between fork and exec, or a forked copy of this
+/// process, has the same open file, and would keep the lock.
+#[derive(Debug)]
+pub(crate) struct Lock {
+    file: File,
+    /// A forked copy must not unlock what its parent holds.
+    owner: u32,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if self.owner == std::process::id() {
+            // Where that fails, closing the file does it.
+            drop(self.file.unlock());
+        }
+    }
+}
+
 /// What became of an attempt to lock.
 #[derive(Debug)]
 pub(crate) enum Attempt {
-    Locked(File),
+    Locked(Lock),
     /// Somebody else holds it.
     Held,
     /// There is nothing under this path, or something else by now.
@@ -37,8 +57,10 @@ pub(crate) fn attempt(path: &Path, mode: Mode) -> io::Result<Attempt> {
         Mode::Exclusive => file.try_lock(),
     };
     match locked {
-        Ok(()) if is_at(&file, path)? => Ok(Attempt::Locked(file)),
-        Ok(()) => Ok(Attempt::Gone),
+        Ok(()) => {
+            let lock = Lock { file, owner: std::process::id() };
+            Ok(if is_at(&lock.file, path)? { Attempt::Locked(lock) } else { Attempt::Gone })
+        }
         Err(TryLockError::WouldBlock) => Ok(Attempt::Held),
         Err(TryLockError::Error(error)) => Err(error),
     }
@@ -59,5 +81,38 @@ fn is_at(file: &File, path: &Path) -> io::Result<bool> {
         Ok(named) => Ok((named.dev(), named.ino()) == (open.dev(), open.ino())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pyro_process::Spawn;
+
+    use super::*;
+
+    #[test]
+    fn a_lock_that_a_child_still_has_open_is_free_when_its_owner_drops_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("lock");
+        let Attempt::Locked(lock) = attempt_file(&path).expect("tried") else { panic!("free") };
+        // As a child between fork and exec has it: the same open file.
+        let mut spawn = Spawn::new("sleep", Path::new("/"));
+        spawn.arg("1000").fd(lock.file.try_clone().expect("copied").into(), 5);
+        let mut child = spawn.spawn().expect("started");
+        assert!(matches!(attempt_file(&path).expect("tried"), Attempt::Held));
+        drop(lock);
+        assert!(matches!(attempt_file(&path).expect("tried"), Attempt::Locked(_)));
+        child.kill().expect("killed");
+        child.wait().expect("reaped");
+    }
+
+    #[test]
+    fn a_forked_copy_does_not_unlock_what_its_parent_holds() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("lock");
+        let Attempt::Locked(lock) = attempt_file(&path).expect("tried") else { panic!("free") };
+        let copy = Lock { file: lock.file.try_clone().expect("copied"), owner: 0 };
+        drop(copy);
+        assert!(matches!(attempt_file(&path).expect("tried"), Attempt::Held));
     }
 }

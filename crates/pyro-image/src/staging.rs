@@ -2,12 +2,11 @@
 //!
 //! A staging directory whose lock is free was left by a process that died; the next command removes it.
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::files;
-use crate::lock::{Attempt, Mode, attempt};
+use crate::lock::{Attempt, Lock, Mode, attempt};
 use crate::tool::{self, Tools};
 
 /// A directory of our own, removed with everything in it when dropped.
@@ -15,7 +14,7 @@ use crate::tool::{self, Tools};
 pub(crate) struct Staging {
     path: PathBuf,
     tools: Tools,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Staging {

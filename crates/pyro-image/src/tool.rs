@@ -6,10 +6,9 @@ use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use pyro_process::Spawn;
+use pyro_process::{Exit, Spawn};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// How many of the last lines of a tool's output an error keeps.
@@ -44,7 +43,7 @@ pub enum ToolError {
         /// The program's name.
         tool: &'static str,
         /// How it ended.
-        status: ExitStatus,
+        status: Exit,
         /// The last lines of its output, control characters escaped.
         tail: String,
     },
@@ -72,6 +71,10 @@ impl ToolError {
             Self::Failed { tail, .. } if tail.contains("newuidmap") || tail.contains("newgidmap") => {
                 Some(remedy("newuidmap"))
             }
+            Self::Failed { status, .. } if status.status().is_none() => Some(
+                "keep the program that uses pyro from reaping every child, or prepare with: pyro env pull"
+                    .to_owned(),
+            ),
             Self::Run { .. } | Self::Failed { .. } => {
                 Some("see what is missing with: pyro doctor".to_owned())
             }
@@ -259,7 +262,7 @@ impl Output {
     fn verdict(
         mut self,
         tool: &'static str,
-        status: ExitStatus,
+        status: Exit,
         stopped: bool,
         line: &mut dyn FnMut(&str),
     ) -> Result<(), ToolError> {

@@ -156,7 +156,7 @@ fn write(layers: &[Layer], path: &Path) {
     assert_eq!(summary.inodes, tree.extent().0);
 }
 
-fn run(program: &str, arguments: &[&std::ffi::OsStr]) -> std::process::Output {
+fn run(program: &str, arguments: &[&std::ffi::OsStr]) -> pyro_process::Output {
     let mut spawn = Spawn::new(program, Path::new("/"));
     spawn.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").args(arguments);
     pyro_process::output(spawn).expect("the program is installed")

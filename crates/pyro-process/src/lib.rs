@@ -8,14 +8,22 @@
 //! - an owner that died between fork and that call is noticed by the child itself;
 //! - the child gets only the file descriptors that it was given by name, each under a number that the caller
 //!   chose; all others are closed when it executes;
+//! - an owner that ignores `SIGCHLD`, or has a handler for it that may reap every child, gets a *keeper* between itself
+//!   and the child, which tells how the child has ended;
 //! - stdin is the null device unless the caller gave another.
 //!
 //! Whoever must signal a child later does so through its pidfd ([`Child::pidfd`]), never through a number.
 
+mod child;
 mod jail;
+mod limits;
+mod program;
+mod report;
 mod spawn;
 
+pub use child::{Child, Exit, Output, output};
 pub use jail::{Bind, Jail, has_landlock};
+pub use limits::make_file_limits_errors;
 pub use rustix::process::Resource;
 pub use rustix::thread::UnshareFlags as Namespaces;
-pub use spawn::{Child, Spawn, output};
+pub use spawn::Spawn;

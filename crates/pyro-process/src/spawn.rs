@@ -4,15 +4,19 @@
 
 use std::ffi::{CStr, OsStr};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Command, ExitStatus, Output, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::event::EventfdFlags;
+use rustix::process::{Pid, Signal, WaitOptions};
 
-use crate::jail::{Jail, Prepared};
+use crate::child::Child;
+use crate::jail::{self, Jail, Prepared};
+use crate::program::Program;
+use crate::report::{self, Message, Report, Teller};
 
 /// A child process that is about to be started.
 ///
@@ -21,6 +25,8 @@ use crate::jail::{Jail, Prepared};
 #[derive(Debug)]
 pub struct Spawn {
     command: Command,
+    cwd: PathBuf,
+    own_group: bool,
     fds: Vec<(OwnedFd, RawFd)>,
     jail: Option<Jail>,
     oom_score_adj: Option<i32>,
@@ -35,23 +41,19 @@ enum Bond {
     Detached,
 }
 
-/// A running child, its pidfd, and its standard streams where they are pipes.
-///
-/// Dropping it neither ends nor reaps the child: call [`Child::kill`] and [`Child::wait`].
-#[derive(Debug)]
-pub struct Child {
-    inner: std::process::Child,
-    pidfd: OwnedFd,
-    /// Whether the process is the warden of a jail.
-    jailed: bool,
-}
-
 impl Spawn {
     /// Describes a child that runs `program` in the directory `cwd`.
     pub fn new(program: impl AsRef<OsStr>, cwd: &Path) -> Self {
         let mut command = Command::new(program);
-        command.current_dir(cwd).env_clear().stdin(Stdio::null());
-        Self { command, fds: Vec::new(), jail: None, oom_score_adj: None }
+        command.env_clear().stdin(Stdio::null());
+        Self {
+            command,
+            cwd: cwd.to_owned(),
+            own_group: false,
+            fds: Vec::new(),
+            jail: None,
+            oom_score_adj: None,
+        }
     }
 
     /// Adds one argument.
@@ -92,7 +94,7 @@ impl Spawn {
 
     /// Puts the child into a process group of its own, so that a Ctrl-C at the terminal does not reach it.
     pub fn own_process_group(&mut self) -> &mut Self {
-        self.command.process_group(0);
+        self.own_group = true;
         self
     }
 
@@ -123,20 +125,7 @@ impl Spawn {
     /// As `std::process::Command::spawn`: the program is missing or not executable, or the host refuses
     /// another process.
     pub fn spawn(self) -> io::Result<Child> {
-        let bond = Bond::Owned(rustix::process::getpid());
-        let jailed = self.jail.is_some();
-        let inner = self.start(bond)?;
-        let pid = Pid::from_child(&inner);
-        // The child cannot have been reaped yet, so the number still names it.
-        match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(pidfd) => Ok(Child { inner, pidfd, jailed }),
-            Err(error) => {
-                let mut unowned = inner;
-                drop(unowned.kill());
-                drop(unowned.wait());
-                Err(error.into())
-            }
-        }
+        self.start(Bond::Owned(rustix::process::getpid()))
     }
 
     /// Starts a process that outlives this one: in a session of its own, without a terminal, and never this
@@ -149,109 +138,85 @@ impl Spawn {
         self.start(Bond::Detached)?.wait().map(drop)
     }
 
-    fn start(mut self, bond: Bond) -> io::Result<std::process::Child> {
+    fn start(mut self, bond: Bond) -> io::Result<Child> {
         // The numbers that the child wants may be taken by other descriptors of this list, so all are first
         // moved out of the way of every wanted number.
         let floor = self.fds.iter().map(|(_, number)| number + 1).max().unwrap_or(3);
-        let moved = self
+        let fds = self
             .fds
             .iter()
             .map(|(fd, number)| Ok((rustix::io::fcntl_dupfd_cloexec(fd, floor)?, *number)))
             .collect::<io::Result<Vec<_>>>()?;
         self.fds.clear();
+        let (report, teller) = report::pair(floor)?;
         let jail = self.jail.take().map(Jail::prepare).transpose()?;
-        let oom_score_adj = self.oom_score_adj.map(raised_oom_score).transpose()?.flatten();
-        let hook = move || prepare_child(bond, oom_score_adj.as_deref(), jail.as_ref(), &moved);
+        let jailed = jail.is_some();
+        let mut program = Program::new(&self.command, &self.cwd)?;
+        let plan = Plan {
+            bond,
+            kept: owner_may_lose_status(),
+            own_group: self.own_group,
+            oom_score_adj: self.oom_score_adj.map(raised_oom_score).transpose()?.flatten(),
+            jail,
+            fds,
+            teller,
+        };
+        let hook = move || -> io::Result<()> {
+            let error = match plan.prepare(&program) {
+                Ok(()) => program.execute(),
+                Err(error) => error,
+            };
+            plan.teller.failed(&error);
+            // SAFETY: ends this process without running anything of the program that it was forked from.
+            unsafe { libc::_exit(NOT_EXECUTED) }
+        };
         // SAFETY: the hook makes system calls only; it neither allocates nor takes a lock.
         unsafe { self.command.pre_exec(hook) };
-        on_spawner(self.command)
+        // The child has executed or ended by now, so everything that it had to say is there.
+        let std_child = on_spawner(self.command, floor)?;
+        started(std_child, report, jailed)
     }
 }
 
-impl Child {
-    /// The process number, for reports only: signals go through the pidfd.
-    pub fn id(&self) -> u32 {
-        self.inner.id()
-    }
-
-    /// The pidfd; it becomes readable when the child ends.
-    pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
-    }
-
-    /// The read end of the child's standard output, once, where it was `Stdio::piped()`.
-    pub fn take_stdout(&mut self) -> Option<std::process::ChildStdout> {
-        self.inner.stdout.take()
-    }
-
-    /// The read end of the child's standard error, once, where it was `Stdio::piped()`.
-    pub fn take_stderr(&mut self) -> Option<std::process::ChildStderr> {
-        self.inner.stderr.take()
-    }
-
-    /// Sends a signal; a child that has ended already is no error.
-    ///
-    /// # Errors
-    /// When the kernel refuses for another reason.
-    pub fn signal(&self, signal: Signal) -> io::Result<()> {
-        match rustix::process::pidfd_send_signal(&self.pidfd, signal) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
-            Err(errno) => Err(errno.into()),
+/// The child as its own report describes it.
+fn started(mut std_child: std::process::Child, report: Report, jailed: bool) -> io::Result<Child> {
+    let (mut named, mut keeper, mut failed, mut ended) = (None, None, None, None);
+    while let Some(message) = report.next()? {
+        match message {
+            Message::Child(pid, pidfd) => named = Some((pid.unsigned_abs(), pidfd)),
+            Message::Keeper(pidfd) => keeper = Some(pidfd),
+            Message::Failed(error) => failed = Some(error),
+            // A short program may have ended by now.
+            Message::Ended(status) => ended = Some(status),
         }
     }
-
-    /// Ends the child at once; a child that has ended already is no error.
-    ///
-    /// # Errors
-    /// When the kernel refuses.
-    pub fn kill(&self) -> io::Result<()> {
-        self.signal(self.end_signal())
-    }
-
-    /// The signal that ends the child at once. A warden is told to end what it guards, so that its own end says that
-    /// this is gone.
-    pub fn end_signal(&self) -> Signal {
-        if self.jailed { Signal::TERM } else { Signal::KILL }
-    }
-
-    /// The number of the process that runs the program, for reports: in a jail it is not the child itself. None where
-    /// it has ended.
-    pub fn program(&self) -> Option<u32> {
-        if !self.jailed {
-            return Some(self.id());
+    let Some((id, pidfd)) = named else {
+        drop(std_child.wait());
+        return Err(
+            failed.unwrap_or_else(|| io::Error::other("the child was killed before it ran its program"))
+        );
+    };
+    let (stdout, stderr) = (std_child.stdout.take(), std_child.stderr.take());
+    let mut child = Child { id, pidfd, stdout, stderr, jailed, keeper, report, ended, exit: None };
+    match failed {
+        None => Ok(child),
+        Some(error) => {
+            drop(child.wait());
+            Err(error)
         }
-        only_child(self.id()).and_then(only_child)
-    }
-
-    /// The exit status if the child has ended, without waiting.
-    ///
-    /// # Errors
-    /// When the status cannot be had.
-    pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
-        self.inner.try_wait()
-    }
-
-    /// Waits for the end of the child and reaps it.
-    ///
-    /// # Errors
-    /// When the status cannot be had.
-    pub fn wait(&mut self) -> io::Result<ExitStatus> {
-        self.inner.wait()
     }
 }
 
-/// Runs a short helper to its end and returns its status and output, read whole.
-///
-/// # Errors
-/// As [`Spawn::spawn`], or when its output cannot be read.
-pub fn output(mut spawn: Spawn) -> io::Result<Output> {
-    spawn.command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    spawn.spawn()?.inner.wait_with_output()
-}
-
-fn only_child(pid: u32) -> Option<u32> {
-    let children = fs_err::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
-    children.split_ascii_whitespace().next()?.parse().ok()
+/// Whether something in this process keeps it from learning how its children end.
+fn owner_may_lose_status() -> bool {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: asks for the disposition of a signal, which is read only when the call has filled it in.
+    unsafe {
+        libc::sigaction(libc::SIGCHLD, std::ptr::null(), action.as_mut_ptr()) != 0 || {
+            let action = action.assume_init();
+            action.sa_sigaction != libc::SIG_DFL || action.sa_flags & libc::SA_NOCLDWAIT != 0
+        }
+    }
 }
 
 const OOM_SCORE_ADJ: &CStr = c"/proc/self/oom_score_adj";
@@ -264,32 +229,94 @@ fn raised_oom_score(value: i32) -> io::Result<Option<Vec<u8>>> {
     Ok((own < value).then(|| value.to_string().into_bytes()))
 }
 
-/// What the child does between fork and exec.
-fn prepare_child(
+/// What the child does between fork and exec: system calls only.
+struct Plan {
     bond: Bond,
-    oom_score_adj: Option<&[u8]>,
-    jail: Option<&Prepared>,
-    fds: &[(OwnedFd, RawFd)],
-) -> io::Result<()> {
-    match bond {
-        Bond::Owned(owner) => {
-            rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-            if rustix::process::getppid() != Some(owner) {
-                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    /// Whether a process in between learns how the program ends.
+    kept: bool,
+    own_group: bool,
+    oom_score_adj: Option<Vec<u8>>,
+    jail: Option<Prepared>,
+    fds: Vec<(OwnedFd, RawFd)>,
+    teller: Teller,
+}
+
+impl Plan {
+    fn prepare(&self, program: &Program) -> io::Result<()> {
+        // A program that starts others needs to learn how they end, whatever its owner ignores.
+        // SAFETY: sets a disposition of this process.
+        unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+        match self.bond {
+            Bond::Owned(owner) => self.die_with(owner)?,
+            Bond::Detached => {
+                self.teller.child()?;
+                detach()?;
             }
         }
-        Bond::Detached => detach()?,
+        program.enter()?;
+        // Before the jail, which may hide this file; the program inherits the value.
+        if let Some(text) = &self.oom_score_adj {
+            let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
+            let file = rustix::fs::open(OOM_SCORE_ADJ, flags, rustix::fs::Mode::empty())?;
+            rustix::io::write(file, text)?;
+        }
+        if let Some(jail) = &self.jail {
+            jail.enter()?;
+            jail.settle()?;
+        }
+        hand_over(&self.fds)
     }
-    // Before the jail, which may hide this file; the program inherits the value.
-    if let Some(text) = oom_score_adj {
-        let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
-        let file = rustix::fs::open(OOM_SCORE_ADJ, flags, rustix::fs::Mode::empty())?;
-        rustix::io::write(file, text)?;
+
+    fn die_with(&self, mut owner: Pid) -> io::Result<()> {
+        killed_with(owner)?;
+        if self.kept {
+            self.teller.keeper()?;
+            owner = rustix::process::getpid();
+            if let Some(child) = jail::fork()? {
+                be_keeper(child, &self.teller);
+            }
+            killed_with(owner)?;
+        }
+        if self.own_group {
+            rustix::process::setpgid(None, None)?;
+        }
+        self.teller.child()
     }
-    if let Some(jail) = jail {
-        jail.enter()?;
-        jail.settle()?;
+}
+
+/// Has the kernel kill this process when its parent dies, which is `owner`, or was.
+fn killed_with(owner: Pid) -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    if rustix::process::getppid() == Some(owner) {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(libc::ESRCH))
     }
+}
+
+/// Waits for the child, and tells the owner how it has ended. It dies with the owner, and the child dies with it.
+fn be_keeper(child: Pid, teller: &Teller) -> ! {
+    // SAFETY: the set is initialised before it is read; only the mask of this process changes.
+    unsafe {
+        let mut all = std::mem::MaybeUninit::uninit();
+        libc::sigfillset(all.as_mut_ptr());
+        libc::sigprocmask(libc::SIG_SETMASK, all.as_ptr(), std::ptr::null_mut());
+    }
+    // What the owner has open must not stay open here: it waits for the ends of its pipes.
+    jail::keep_only([teller.number(); 2]);
+    loop {
+        match rustix::process::waitpid(Some(child), WaitOptions::empty()) {
+            Ok(Some((_, status))) => break teller.ended(status.as_raw()),
+            Ok(None) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => break,
+        }
+    }
+    // SAFETY: ends this process without running anything of the program that it was forked from.
+    unsafe { libc::_exit(0) }
+}
+
+/// Gives the program the descriptors that it is to have, and no others.
+fn hand_over(fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
     // Rust marks every descriptor close-on-exec, but a host program (an embedding Python, a shell) may not.
     // SAFETY: a system call on numbers; it closes nothing now, so the runtime's own pipe stays usable.
     let marked = unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
@@ -311,7 +338,7 @@ fn prepare_child(
     Ok(())
 }
 
-/// Goes on in a grandchild, so that init reaps it and no terminal can reach it. The pipe by which the runtime
+/// Goes on in a grandchild, so that init reaps it and no terminal can reach it. The socket by which the owner
 /// learns of a failed exec stays open in the grandchild.
 fn detach() -> io::Result<()> {
     rustix::process::setsid()?;
@@ -324,13 +351,21 @@ fn detach() -> io::Result<()> {
     }
 }
 
+/// The exit code of a child that could not run its program; the owner is told why.
+const NOT_EXECUTED: i32 = 127;
+
 /// Descriptors that are looked at one by one where the kernel cannot do it at once.
 const MOST_FILES: i32 = 65_536;
 
-type Request = (Command, mpsc::SyncSender<io::Result<std::process::Child>>);
+struct Request {
+    command: Command,
+    /// Numbers below this one are those that the child wants.
+    floor: RawFd,
+    answer: mpsc::SyncSender<io::Result<std::process::Child>>,
+}
 
 /// Forks on the thread that lives as long as this process.
-fn on_spawner(command: Command) -> io::Result<std::process::Child> {
+fn on_spawner(command: Command, floor: RawFd) -> io::Result<std::process::Child> {
     static SPAWNER: OnceLock<Mutex<(u32, mpsc::Sender<Request>)>> = OnceLock::new();
 
     let cell = SPAWNER.get_or_init(|| Mutex::new((std::process::id(), start_spawner())));
@@ -341,7 +376,7 @@ fn on_spawner(command: Command) -> io::Result<std::process::Child> {
         if spawner.0 != std::process::id() {
             *spawner = (std::process::id(), start_spawner());
         }
-        if let Err(mpsc::SendError(request)) = spawner.1.send((command, answer)) {
+        if let Err(mpsc::SendError(request)) = spawner.1.send(Request { command, floor, answer }) {
             // The thread could not be had when it was asked for; perhaps it can be now.
             *spawner = (std::process::id(), start_spawner());
             spawner.1.send(request).map_err(|_closed| spawner_is_gone())?;
@@ -354,19 +389,28 @@ fn start_spawner() -> mpsc::Sender<Request> {
     let (sender, requests) = mpsc::channel::<Request>();
     let spawner = std::thread::Builder::new().name("pyro-spawner".to_owned()).spawn(move || {
         // The sender is in a static, so this loop ends with the process.
-        while let Ok((mut command, answer)) = requests.recv() {
+        while let Ok(Request { mut command, floor, answer }) = requests.recv() {
             #[expect(clippy::disallowed_methods, reason = "this is the one place that forks")]
-            let child = command.spawn();
-            if let Err(unclaimed) = answer.send(child)
-                && let Ok(mut child) = unclaimed.0
-            {
-                drop(child.kill());
-                drop(child.wait());
-            }
+            let child = taken(floor).and_then(|_placeholders| command.spawn());
+            // Whoever asked waits for the answer.
+            drop(answer.send(child));
         }
     });
     drop(spawner);
     sender
+}
+
+/// Takes all numbers from 3 up to `floor`. The standard library makes a pipe for the fork, whose end the child would
+/// otherwise overwrite with a descriptor of the same number; then nobody would wait for the exec.
+fn taken(floor: RawFd) -> io::Result<Vec<OwnedFd>> {
+    let mut placeholders = vec![rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?];
+    loop {
+        let copy = rustix::io::fcntl_dupfd_cloexec(&placeholders[0], 3)?;
+        if copy.as_raw_fd() >= floor {
+            return Ok(placeholders);
+        }
+        placeholders.push(copy);
+    }
 }
 
 fn spawner_is_gone() -> io::Error {
@@ -378,6 +422,7 @@ mod tests {
     use std::io::{Read, Write};
 
     use super::*;
+    use crate::output;
 
     #[test]
     fn a_child_gets_a_descriptor_under_the_number_that_was_asked_for() {

@@ -13,7 +13,7 @@ use std::process::ExitStatus;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pyro_process::Child;
+use pyro_process::{Child, Exit};
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use tokio::sync::watch;
@@ -74,9 +74,13 @@ impl Watched {
         self.ending.fetch_max(ENDING_KILL, Ordering::Relaxed);
     }
 
-    fn exit(&self, status: io::Result<ExitStatus>) -> MachineExit {
-        let (reason, status) = match status {
-            Ok(status) => self.reason(status),
+    fn exit(&self, exit: io::Result<Exit>) -> MachineExit {
+        let (reason, status) = match exit.map(|exit| (exit.status(), exit)) {
+            Ok((Some(status), _)) => self.reason(status),
+            Ok((None, _)) if self.ending.load(Ordering::Relaxed) != ENDING_NOT => {
+                (MachineEnd::Killed, "the VMM was ended".to_owned())
+            }
+            Ok((None, exit)) => (MachineEnd::Crashed, format!("the VMM ended with {exit}")),
             Err(error) => (MachineEnd::Crashed, format!("its status could not be had: {error}")),
         };
         let (stderr_tail, console_tail) = (self.stderr_text(), self.console_text());
@@ -126,9 +130,9 @@ pub(crate) fn start(
     let shared = Arc::clone(&watched);
     let thread = move || {
         drain_until_end(&child, &streams, &shared);
-        let status = child.reap();
+        let exit = child.reap();
         drop(kept);
-        sender.send_replace(Some(Arc::new(shared.exit(status))));
+        sender.send_replace(Some(Arc::new(shared.exit(exit))));
     };
     // A refused thread drops the closure, and with it the child.
     std::thread::Builder::new().name("pyro-machine".to_owned()).stack_size(256 << 10).spawn(thread)?;
@@ -145,7 +149,7 @@ impl Reaper {
     }
 
     /// Waits for the end of the child.
-    fn reap(mut self) -> io::Result<ExitStatus> {
+    fn reap(mut self) -> io::Result<Exit> {
         self.0.take().expect("only reaping takes it").wait()
     }
 }

@@ -99,7 +99,7 @@ fn is_gone(pid: u32) -> bool {
 async fn until_gone(pid: u32) {
     let start = Instant::now();
     while !is_gone(pid) {
-        assert!(start.elapsed() < Duration::from_secs(5), "process {pid} stays");
+        assert!(start.elapsed() < Duration::from_secs(60), "process {pid} stays");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -205,7 +205,8 @@ async fn a_machine_that_ignores_everything_is_killed() {
     let start = Instant::now();
     machine.shutdown(Duration::from_millis(200)).await;
     assert!(is_gone(machine.pid()), "gone when shutdown returns");
-    assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+    // The VMM itself sleeps for 1000 s.
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
     assert_eq!(machine.wait().await.reason, MachineEnd::Killed);
 }
 

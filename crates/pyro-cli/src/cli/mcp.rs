@@ -31,8 +31,8 @@ pub(crate) struct McpServeArgs {
     /// Write the log to this file too, not only to stderr
     #[arg(long, value_name = "FILE")]
     pub(crate) log_file: Option<PathBuf>,
-    /// Use this VMM instead of the best that works
-    #[arg(long, value_name = "NAME", env = "PYRO_BACKEND")]
+    /// Use this VMM instead of the best that works, or instead of $PYRO_BACKEND
+    #[arg(long, value_name = "NAME")]
     pub(crate) backend: Option<String>,
     /// With --http: print the address and the token as one JSON object on stdout
     #[arg(long, requires = "http")]

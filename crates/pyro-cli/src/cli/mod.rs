@@ -188,8 +188,8 @@ pub(crate) struct KernelArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct FirecrackerArgs {
-    /// The archive to take it from: a release's .tgz or a wheel, as a file or an https address
-    #[arg(long, value_name = "ARCHIVE", env = "PYRO_FIRECRACKER")]
+    /// The archive to take it from, instead of $PYRO_FIRECRACKER: a release's .tgz or a wheel, as a file or an https address
+    #[arg(long, value_name = "ARCHIVE")]
     pub(crate) from: Option<std::path::PathBuf>,
     #[command(flatten)]
     pub(crate) output: Output,
@@ -259,8 +259,8 @@ pub(crate) struct MachineArgs {
     /// Run the VMM with nothing that keeps it apart from this host, where the host refuses what a jail needs
     #[arg(long)]
     pub(crate) unconfined_vmm: bool,
-    /// Use this VMM instead of the best that works
-    #[arg(long, value_name = "NAME", env = "PYRO_BACKEND")]
+    /// Use this VMM instead of the best that works, or instead of $PYRO_BACKEND
+    #[arg(long, value_name = "NAME")]
     pub(crate) backend: Option<String>,
 }
 

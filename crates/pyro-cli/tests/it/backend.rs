@@ -39,7 +39,8 @@ fn firecracker_without_kvm_is_refused_at_once_with_the_cause_and_the_remedy() {
     ] {
         let began = Instant::now();
         let output = pyro.run(line);
-        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+        // A boot that is tried in vain takes 30 s.
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
         let words = text(&output.stderr);
         assert!(words.contains("backend 'firecracker' needs a KVM that works: "), "{words}");
         assert!(

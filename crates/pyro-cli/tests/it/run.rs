@@ -182,11 +182,11 @@ fn a_flood_of_output_ends_with_its_time_and_takes_no_memory() {
 #[test]
 fn what_a_command_leaves_in_the_background_does_not_hold_its_end_up() {
     let pyro = Pyro::new();
-    for script in ["yes & exit 3", "sleep 99 & exit 3", "setsid sleep 99 >/dev/null 2>&1 & exit 3"] {
+    for script in ["yes & exit 3", "sleep 999 & exit 3", "setsid sleep 999 >/dev/null 2>&1 & exit 3"] {
         let began = Instant::now();
-        let output = pyro.run(&["run", "debian:12", "--timeout-seconds", "30", "--", "sh", "-c", script]);
+        let output = pyro.run(&["run", "debian:12", "--timeout-seconds", "300", "--", "sh", "-c", script]);
         assert_eq!(output.status.code(), Some(3), "{script}: {}", text(&output.stderr));
-        assert!(began.elapsed() < Duration::from_secs(25), "{script}: {:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(200), "{script}: {:?}", began.elapsed());
     }
     pyro.assert_empty();
 }

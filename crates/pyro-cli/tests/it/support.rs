@@ -31,9 +31,13 @@ impl Pyro {
     pub(crate) fn without_qemu() -> Self {
         let hide = "mount --bind /dev/null /usr/bin/qemu-system-x86_64 && exec \"$@\"";
         let flags = if is_root() { "-m" } else { "-rm" };
-        let wrapper = ["unshare", flags, "sh", "-c", hide, "sh"];
+        Self::behind(&["unshare", flags, "sh", "-c", hide, "sh"])
+    }
+
+    /// One that is started by these words.
+    pub(crate) fn behind(wrapper: &[&str]) -> Self {
         let mut pyro = Self::new();
-        pyro.wrapper = wrapper.map(str::to_owned).to_vec();
+        pyro.wrapper = wrapper.iter().copied().map(str::to_owned).collect();
         pyro
     }
 

@@ -342,7 +342,7 @@ fn a_caller_that_does_not_read_the_end_of_its_command_holds_no_stop_up() {
                 "exec",
                 &id,
                 "--timeout-seconds",
-                "100",
+                "300",
                 "--",
                 "head",
                 "-c",
@@ -354,7 +354,7 @@ fn a_caller_that_does_not_read_the_end_of_its_command_holds_no_stop_up() {
     pyro.until("all have begun", |pyro| pyro.status(&id)["command_count"] == 20);
     let began = Instant::now();
     assert_eq!(pyro.json(&["task", "stop", &id, "--json"])["state"], "stopped");
-    assert!(began.elapsed() < Duration::from_secs(40), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(150), "{:?}", began.elapsed());
     pyro.ok(&["task", "delete", &id]);
     for mut child in children {
         drop(child.kill());
@@ -380,9 +380,9 @@ fn a_command_that_comes_while_its_task_is_deleted_does_not_hold_the_delete_up() 
     let began = Instant::now();
     let deleting = pyro.spawn(&["task", "delete", &id]);
     std::thread::sleep(Duration::from_millis(500));
-    let late = pyro.spawn(&["task", "exec", &id, "--json", "--", "sleep", "25"]);
+    let late = pyro.spawn(&["task", "exec", &id, "--timeout-seconds", "300", "--json", "--", "sleep", "300"]);
     assert!(deleting.wait_with_output().expect("it ends").status.success());
-    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(150), "{:?}", began.elapsed());
     let result = parse(&stubborn.wait_with_output().expect("it ends"));
     assert_eq!((&result["fault"], &result["stdout"]), (&"cancelled".into(), &"begun\n".into()), "{result}");
     let output = late.wait_with_output().expect("it ends");

@@ -11,9 +11,9 @@
 //! it. One lock (`gate`) makes starts, stops and removals happen one after another. Commands run at the same time.
 
 mod body;
+mod clock;
 mod command;
 mod commands;
-mod footprint;
 mod serve;
 mod unsettled;
 
@@ -94,7 +94,6 @@ pub async fn supervise() -> io::Result<()> {
         supervisor.clone().give_up(kind).await;
         return Ok(());
     }
-    footprint::release_boot_code();
     serve::until_gone(supervisor, listener).await
 }
 

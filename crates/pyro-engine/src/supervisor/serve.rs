@@ -39,6 +39,7 @@ pub(super) async fn until_gone(supervisor: Arc<Supervisor>, listener: UnixListen
     let mut gone = supervisor.gone.subscribe();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let life = life(&supervisor)?;
+    drop(tokio::spawn(super::clock::follow(Arc::clone(&supervisor))));
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {

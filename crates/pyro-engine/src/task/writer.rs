@@ -94,7 +94,7 @@ impl Journal {
         let (next, path) = (self.next(), self.json(entry.sequence));
         let bytes = json(entry)?;
         let file = write_to(&next, &bytes)?;
-        let name = || renameat_with(CWD, &next, CWD, &path, RenameFlags::NOREPLACE).map_err(io::Error::from);
+        let name = || files::rename_new(&next, &path);
         let slot = starts.and_then(|starts| Some((starts, starts.slot_for(&bytes)?)));
         let Some((starts, slot)) = slot else {
             // Its name too must be on the disk before the command is sent: after a loss of power the number must not be

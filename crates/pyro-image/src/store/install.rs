@@ -1,7 +1,6 @@
 //! Building an environment and putting it in place.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,7 +11,7 @@ use super::{Environment, Store};
 use crate::catalog::Definition;
 use crate::debian::{self, KernelSource, Request, Sources};
 use crate::digest::DigestError;
-use crate::lock::{self, Attempt, Mode};
+use crate::lock::{self, Attempt, Lock, Mode};
 use crate::manifest::{self, FORMAT_VERSION, FileRecord, Manifest, Pointer};
 use crate::progress::Progress;
 use crate::staging::Staging;
@@ -84,7 +83,7 @@ impl Store {
         Ok((self.lease_current(definition, Scrutiny::Cheap, progress)?, true))
     }
 
-    fn lock_environment(&self, definition: &Definition, progress: &dyn Progress) -> Result<File, ImageError> {
+    fn lock_environment(&self, definition: &Definition, progress: &dyn Progress) -> Result<Lock, ImageError> {
         let path = self.paths.lock(definition.name);
         let mut told = false;
         loop {
@@ -160,7 +159,7 @@ impl Store {
             kernel: kernel.image(),
             initramfs,
             rootfs: installation.rootfs(),
-            leases: [rootfs_lease, kernel_lease, initramfs_lease],
+            _leases: [rootfs_lease, kernel_lease, initramfs_lease],
         }))
     }
 
@@ -170,9 +169,14 @@ impl Store {
         installation: &Installation,
         scrutiny: Scrutiny,
         progress: &dyn Progress,
-    ) -> Result<Option<(StoredKernel, File)>, ImageError> {
+    ) -> Result<Option<(StoredKernel, Lock)>, ImageError> {
         let cancelled = || progress.cancelled();
         let own = self.own_kernel()?;
+        if let (Some(tried), None) = (&self.tried_kernel, &own) {
+            // It would be another kernel that proves itself.
+            let path = self.paths.kernel(tried);
+            return Err(ImageError::cache(path)(std::io::ErrorKind::NotFound.into()));
+        }
         let digest = &installation.manifest.kernel_digest;
         let Some(lease) = shared(&self.paths.kernel(digest))? else { return Ok(None) };
         let Some(kernel) = self.stored_kernel(digest)? else { return Ok(None) };
@@ -277,7 +281,7 @@ fn refresh(installation: &Installation, cancelled: &dyn Fn() -> bool) -> Result<
 }
 
 /// A shared lock on a directory or file; `None` when it is gone or being removed.
-pub(super) fn shared(path: &Path) -> Result<Option<File>, ImageError> {
+pub(super) fn shared(path: &Path) -> Result<Option<Lock>, ImageError> {
     // A prune holds what it looks at for a moment only, and may decide to keep it.
     const ATTEMPTS: usize = 100;
     for _ in 0..ATTEMPTS {
@@ -313,7 +317,7 @@ pub(super) fn write_in(
 ///
 /// What stands there already is damaged or the same: it is moved out of the way. Whoever has its files open
 /// keeps them.
-pub(super) fn rename_into_place(from: &Path, to: &Path, staging: &Staging) -> Result<File, ImageError> {
+pub(super) fn rename_into_place(from: &Path, to: &Path, staging: &Staging) -> Result<Lock, ImageError> {
     files::sync_directory(from).map_err(ImageError::cache(from))?;
     // Locked before anybody else can see it, so that no prune comes between.
     let Attempt::Locked(lease) = lock::attempt(from, Mode::Shared).map_err(ImageError::cache(from))? else {

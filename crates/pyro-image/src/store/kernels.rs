@@ -1,7 +1,6 @@
 //! Stored kernels, and the initramfs for each agent.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::Store;
@@ -10,7 +9,7 @@ use super::install::{recorded, rename_into_place, shared, write_in};
 use super::paths::{MANIFEST, MODULES, VMLINUX};
 use crate::initramfs::{self, ModuleFile};
 use crate::kernel::{self, Kernel, Module};
-use crate::lock::{self, Attempt, Mode};
+use crate::lock::{self, Attempt, Lock, Mode};
 use crate::manifest::{self, FORMAT_VERSION, InitramfsManifest, KernelManifest};
 use crate::staging::Staging;
 use crate::{ImageError, digest, files};
@@ -81,7 +80,7 @@ impl Store {
     pub(super) fn whole_kernels(
         &self,
         cancelled: &dyn Fn() -> bool,
-    ) -> Result<BTreeMap<String, File>, ImageError> {
+    ) -> Result<BTreeMap<String, Lock>, ImageError> {
         let root = self.paths.kernels();
         let mut whole = BTreeMap::new();
         for entry in fs_err::read_dir(&root).map_err(ImageError::cache(&root))? {
@@ -112,7 +111,7 @@ impl Store {
         package: &Path,
         staging: &Staging,
         cancelled: &dyn Fn() -> bool,
-    ) -> Result<(String, File), ImageError> {
+    ) -> Result<(String, Lock), ImageError> {
         let digest = recorded(package, cancelled)?.sha256;
         let file = fs_err::File::open(package).map_err(ImageError::cache(package))?;
         let kernel = kernel::unpack_package(std::io::BufReader::new(file), cancelled)?;
@@ -123,7 +122,7 @@ impl Store {
 
     /// The initramfs of a kernel with this store's agent, made when it is missing or was touched, and a lease
     /// on it.
-    pub(super) fn initramfs(&self, kernel: &StoredKernel) -> Result<(PathBuf, File), ImageError> {
+    pub(super) fn initramfs(&self, kernel: &StoredKernel) -> Result<(PathBuf, Lock), ImageError> {
         const ATTEMPTS: usize = 3;
         let agent = self.agent_digest();
         let path = kernel.directory.join(format!("initramfs-{agent}.cpio"));

@@ -28,15 +28,16 @@ mod templates;
 
 use std::borrow::Cow;
 use std::ffi::OsString;
-use std::fs::File;
 use std::path::PathBuf;
 
 pub use self::doctor::Check;
 pub use self::entry::{Entry, Inspection, Pulled};
+pub use self::own_kernel::AddedKernel;
 use self::paths::Paths;
 pub use self::prune::Pruned;
 pub use self::templates::{Template, TemplateBuild, TemplateEntry, TemplateFiles, TemplateShape};
 use crate::catalog::{self, CATALOG};
+use crate::lock::Lock;
 use crate::progress::Progress;
 use crate::tool::Tools;
 use crate::{ImageError, staging};
@@ -66,6 +67,8 @@ pub struct Store {
     paths: Paths,
     config: Config,
     tools: Tools,
+    /// The kernel that guests of this store boot with, whatever the others boot with.
+    tried_kernel: Option<String>,
 }
 
 /// The configuration without what would fill a screen in debug output.
@@ -98,16 +101,7 @@ pub struct Environment {
     pub initramfs: PathBuf,
     /// The read-only root file system: an EROFS image.
     pub rootfs: PathBuf,
-    leases: [File; 3],
-}
-
-impl Environment {
-    /// What is held open so that its shared locks keep the files from being pruned.
-    ///
-    /// A process that inherits (copies of) all of them keeps the environment installed as well.
-    pub fn leases(&self) -> &[File] {
-        &self.leases
-    }
+    _leases: [Lock; 3],
 }
 
 impl Store {
@@ -120,7 +114,7 @@ impl Store {
         let tools = Tools::new(&config.tool_path);
         let root = paths.staging();
         staging::sweep(&root, &tools).map_err(ImageError::cache(root))?;
-        Ok(Self { paths, config: Config(config), tools })
+        Ok(Self { paths, config: Config(config), tools, tried_kernel: None })
     }
 
     /// Checks that the catalog has an environment of this name, without looking at the disk.

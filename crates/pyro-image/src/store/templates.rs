@@ -4,7 +4,6 @@
 //! memory, the state of its devices, and its disk as of that moment. The memory is mapped by every machine that goes on
 //! from it, so it is in the page cache once, which the host may reclaim, and outlives a reboot.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -16,7 +15,7 @@ use super::install::{rename_into_place, shared, write_in};
 use super::paths::MANIFEST;
 use super::prune::{disk_bytes, entries};
 use crate::digest::{self, DigestError};
-use crate::lock::{self, Attempt, Mode};
+use crate::lock::{self, Attempt, Lock, Mode};
 use crate::manifest::{FORMAT_VERSION, FileRecord, ManifestError, TemplateManifest};
 use crate::staging::Staging;
 use crate::{Environment, ImageError, files, manifest, sparse};
@@ -65,14 +64,14 @@ pub struct Template {
     pub id: String,
     /// Its files, never to be written.
     pub files: TemplateFiles,
-    _lease: File,
+    _lease: Lock,
 }
 
 /// The right to make a template: nobody else makes any meanwhile.
 #[derive(Debug)]
 pub struct TemplateBuild {
     manifest: TemplateManifest,
-    _lock: File,
+    _lock: Lock,
 }
 
 /// A template as people see it.
@@ -372,7 +371,7 @@ fn digest_of(name: &str, path: &Path, cancelled: &dyn Fn() -> bool) -> Result<Op
 }
 
 fn touch(path: &Path) -> std::io::Result<()> {
-    File::options().write(true).open(path)?.set_modified(SystemTime::now())
+    std::fs::File::options().write(true).open(path)?.set_modified(SystemTime::now())
 }
 
 fn last_used(directory: &Path) -> Option<SystemTime> {

@@ -268,7 +268,8 @@ fn cancelling_ends_all_processes_and_leaves_nothing() {
     let error = fixture.store().ensure(NAME, &impatient).expect_err("cancelled");
     assert!(matches!(error, ImageError::Cancelled), "{error}");
     assert!(impatient.1.load(Ordering::Relaxed));
-    assert!(begun.elapsed() < Duration::from_secs(20));
+    // The build itself takes 300 s.
+    assert!(begun.elapsed() < Duration::from_secs(120));
     assert_eq!((fixture.staging(), fixture.processes(), fixture.mounts()), (0, 0, 0));
 }
 
@@ -284,7 +285,7 @@ fn a_killed_build_leaves_no_process_and_its_rest_is_swept() {
     assert_eq!(fixture.staging(), 1);
     child.kill().expect("killed");
     child.wait().expect("reaped");
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while fixture.processes() > 0 && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -309,7 +310,7 @@ fn builds_that_are_killed_at_fifty_moments_leave_nothing_half_built() {
         std::thread::sleep(Duration::from_micros(whole * ((moment * 37) % 50) / 40));
         child.kill().expect("killed");
         child.wait().expect("reaped");
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(60);
         let mut store = fixture.store();
         // A helper that was just being forked lives, and holds the lock, for a moment longer than its owner.
         while fixture.processes() + fixture.staging() > 0 && Instant::now() < deadline {
@@ -368,10 +369,13 @@ fn a_kernel_of_ones_own_takes_the_place_of_all_until_it_is_forgotten_or_damaged(
     let before = store.ensure(NAME, &Silent).expect("built");
     let image = fixture.cache.with_file_name("vmlinux");
     fs_err::write(&image, "no kernel").expect("written");
-    assert_eq!(store.use_kernel(&image).expect_err("refused").code(), "kernel_rejected");
+    assert_eq!(store.add_kernel(&image).expect_err("refused").code(), "kernel_rejected");
     fs_err::write(&image, kernel_image("6.1.0-own")).expect("written");
-    let (digest, release) = store.use_kernel(&image).expect("stored");
-    assert_eq!(release, "6.1.0-own");
+    let added = store.add_kernel(&image).expect("stored");
+    let digest = added.digest.clone();
+    assert_eq!(added.release, "6.1.0-own");
+    store.use_kernel(&added).expect("used");
+    drop(added);
     let own = store.ensure(NAME, &Silent).expect("there");
     assert_eq!((own.kernel_digest.as_str(), own.digest.as_str()), (digest.as_str(), before.digest.as_str()));
     assert!(fs_err::read(&own.kernel).expect("readable") == kernel_image("6.1.0-own"));
@@ -389,13 +393,38 @@ fn a_kernel_of_ones_own_takes_the_place_of_all_until_it_is_forgotten_or_damaged(
     let mended = store.ensure(NAME, &Silent).expect("built");
     assert_ne!(mended.kernel_digest, digest);
     assert!(store.kernel_in_use().expect("readable").is_none());
-    store.use_kernel(&image).expect("stored again");
+    store.use_kernel(&store.add_kernel(&image).expect("stored again")).expect("used");
     assert!(store.kernel_in_use().expect("readable").is_some());
     assert!(store.forget_kernel().expect("forgotten"));
     assert!(!store.forget_kernel().expect("forgotten already"));
     drop(mended);
     store.prune().expect("pruned");
     assert!(!path.exists());
+}
+
+#[test]
+fn a_kernel_that_is_only_tried_is_nobody_elses_and_is_gone_when_its_trial_was_killed() {
+    let fixture = Fixture::new();
+    let store = fixture.store();
+    let before = store.ensure(NAME, &Silent).expect("built");
+    let image = fixture.cache.with_file_name("vmlinux");
+    fs_err::write(&image, kernel_image("6.1.0-own")).expect("written");
+    let added = store.add_kernel(&image).expect("stored");
+    let trying = fixture.store().trying(&added);
+    let tried = trying.ensure(NAME, &Silent).expect("there");
+    assert_eq!((&tried.kernel_digest, &tried.digest), (&added.digest, &before.digest));
+    // Whoever starts a guest meanwhile, or after a kill at this moment, has the kernel that was there.
+    assert!(store.kernel_in_use().expect("readable").is_none());
+    assert_eq!(store.ensure(NAME, &Silent).expect("there").kernel_digest, before.kernel_digest);
+    store.prune().expect("pruned");
+    assert!(tried.kernel.exists(), "a trial keeps its kernel");
+    let path = tried.kernel.clone();
+    drop((tried, added, before));
+    store.prune().expect("pruned");
+    assert!(!path.exists());
+    // Another kernel must not prove itself in its place.
+    store.ensure(NAME, &Silent).expect("built");
+    assert_eq!(trying.ensure(NAME, &Silent).expect_err("gone").code(), "environment_cache");
 }
 
 /// Not a test of its own: the process that `a_killed_build_…` kills.

@@ -102,7 +102,7 @@ esac
     }
 
     pub(crate) fn wait_for(&self, name: &str) {
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !self.has(name) {
             assert!(Instant::now() < deadline, "'{name}' never came");
             std::thread::sleep(Duration::from_millis(10));

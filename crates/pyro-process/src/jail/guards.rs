@@ -70,7 +70,7 @@ fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Resu
 
 /// The child's number in the parent, none in the child.
 #[expect(unsafe_code, reason = "rustix has no fork")]
-pub(super) fn fork() -> io::Result<Option<Pid>> {
+pub(crate) fn fork() -> io::Result<Option<Pid>> {
     // SAFETY: this process has one thread; both sides make system calls only.
     match unsafe { libc::fork() } {
         0 => Ok(None),
@@ -100,7 +100,7 @@ fn ignore_terminate() {
     unsafe { libc::signal(libc::SIGTERM, libc::SIG_IGN) };
 }
 
-fn keep_only(mut kept: [i32; 2]) {
+pub(crate) fn keep_only(mut kept: [i32; 2]) {
     kept.sort_unstable();
     let mut first = 0_u32;
     for fd in kept {

@@ -219,7 +219,7 @@ mod tests {
         println!("20 probes took {quickest:?} to {slowest:?}; the last: {:?}", probes[19]);
         assert!(probes.iter().all(|probe| probe.usable == probes[0].usable), "{probes:?}");
         // Other tests run beside this one, so this is no measurement, only a guard against hanging.
-        assert!(*slowest < Duration::from_millis(500), "{times:?}");
+        assert!(*slowest < Duration::from_secs(20), "{times:?}");
     }
 
     #[test]

@@ -4,10 +4,10 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use pyro_process::{Child, Spawn};
+use pyro_process::{Child, Exit, Spawn};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 
@@ -135,7 +135,7 @@ fn plausible(text: &str) -> Option<String> {
 }
 
 /// Runs a program and returns the beginning of its output. Whatever it is, it neither hangs nor floods us.
-pub(super) fn run(binary: &Path, args: &[&str], env: &[(&str, &str)]) -> io::Result<(ExitStatus, String)> {
+pub(super) fn run(binary: &Path, args: &[&str], env: &[(&str, &str)]) -> io::Result<(Exit, String)> {
     let mut spawn = Spawn::new(binary, Path::new("/"));
     for (name, value) in env {
         spawn.env(name, value);

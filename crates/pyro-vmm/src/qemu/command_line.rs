@@ -44,10 +44,15 @@ const KERNEL_ARGS: &[&str] = &["reboot=t", "8250.skip_txen_test=1", "i8042.nokbd
 
 /// In software, defences against the leaks of a processor that is not there only cost time; and so do the kernel's
 /// checks of itself and its accounts of stalls, a tenth of every fork and exec together.
+///
+/// `norandmaps` loads each program at the same address every time. QEMU finds translated code by its virtual address, so
+/// with random addresses it translates each dynamic program anew at each start. The price: an attacker inside the guest
+/// knows where programs lie. A guest can switch the randomisation on (`sysctl kernel.randomize_va_space=2`).
 const KERNEL_ARGS_TCG: &[&str] = &[
     "noreplace-smp",
     "mitigations=off",
     "nokaslr",
+    "norandmaps",
     "init_on_alloc=0",
     "hardened_usercopy=off",
     "randomize_kstack_offset=off",
@@ -319,7 +324,7 @@ mod tests {
 -smp 1
 -kernel /images/vmlinux
 -initrd /images/initramfs.cpio
--append console=ttyS0 8250.nr_uarts=1 quiet panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 cryptomgr.notests audit=0 i8042.noaux pci=off raid=noautodetect debugfs=off reboot=t 8250.skip_txen_test=1 i8042.nokbd noreplace-smp mitigations=off nokaslr init_on_alloc=0 hardened_usercopy=off randomize_kstack_offset=off kfence.sample_interval=0 psi=0 nowatchdog apparmor=0 selinux=0 lsm= tsc_early_khz=2596120 tsc=reliable pyro.task=k3v9
+-append console=ttyS0 8250.nr_uarts=1 quiet panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 cryptomgr.notests audit=0 i8042.noaux pci=off raid=noautodetect debugfs=off reboot=t 8250.skip_txen_test=1 i8042.nokbd noreplace-smp mitigations=off nokaslr norandmaps init_on_alloc=0 hardened_usercopy=off randomize_kstack_offset=off kfence.sample_interval=0 psi=0 nowatchdog apparmor=0 selinux=0 lsm= tsc_early_khz=2596120 tsc=reliable pyro.task=k3v9
 -chardev socket,id=control,fd=4
 -mon chardev=control,mode=control
 -chardev socket,id=console,fd=5
@@ -338,7 +343,7 @@ mod tests {
     fn the_guest_of_a_real_processor_keeps_its_defences() {
         let line = line(&config(Accel::Kvm), &spec());
         assert!(line.contains("-accel kvm\n-cpu host\n"), "{line}");
-        for absent in ["tsc", "mitigations=off", "nokaslr", "init_on_alloc", "tb-size"] {
+        for absent in ["tsc", "mitigations=off", "nokaslr", "norandmaps", "init_on_alloc", "tb-size"] {
             assert!(!line.contains(absent), "{absent} in {line}");
         }
     }

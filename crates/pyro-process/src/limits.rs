@@ -1,0 +1,16 @@
+//! Limits of this process that it must meet with words.
+
+#![expect(unsafe_code, reason = "the disposition of a signal")]
+
+use rustix::process::{Resource, Rlimit};
+
+/// Raises the limit on the length of files as far as this process may, and turns a write beyond it into an error of that
+/// write (`EFBIG`). Without this the kernel ends the process by `SIGXFSZ`, and no word is said. Programs that this process
+/// starts inherit both. For the main function of a program: it changes the whole process.
+pub fn make_file_limits_errors() {
+    let Rlimit { maximum, .. } = rustix::process::getrlimit(Resource::Fsize);
+    // What a process may do anyway is not refused.
+    _ = rustix::process::setrlimit(Resource::Fsize, Rlimit { current: maximum, maximum });
+    // SAFETY: sets a disposition.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
