@@ -4,9 +4,7 @@ use std::path::PathBuf;
 
 use pyro_vmm::host::{HostFacts, find_qemu, firecracker_version, qemu_version};
 use pyro_vmm::source::{self, Found, NAMED, SourceError};
-use pyro_vmm::{
-    Accel, BackendKind, Confine, Driver, Firecracker, FirecrackerConfig, Qemu, QemuConfig, Vmm,
-};
+use pyro_vmm::{Accel, BackendKind, Confine, Driver, Firecracker, FirecrackerConfig, Qemu, QemuConfig, Vmm};
 
 use crate::engine::{Engine, EngineConfig};
 use crate::error::{Error, ErrorKind};
@@ -22,11 +20,7 @@ impl Engine {
     ///
     /// # Errors
     /// When none boots it; the first one's words.
-    pub(crate) async fn boot(
-        &self,
-        boot: &Boot<'_>,
-        terms: Terms,
-    ) -> Result<(Running, StartTimes), Error> {
+    pub(crate) async fn boot(&self, boot: &Boot<'_>, terms: Terms) -> Result<(Running, StartTimes), Error> {
         let mut vmm = self.vmm()?;
         let mut weaker: Option<std::vec::IntoIter<Driver>> = None;
         let mut failed: Option<Error> = None;

@@ -107,12 +107,7 @@ impl Engine {
         })?;
         let registry = Arc::new(Registry::open(&config.state_dir)?);
         Ok(Self {
-            inner: Arc::new(Inner {
-                config,
-                store,
-                registry,
-                swept: Mutex::default(),
-            }),
+            inner: Arc::new(Inner { config, store, registry, swept: Mutex::default() }),
             machines: Arc::default(),
         })
     }

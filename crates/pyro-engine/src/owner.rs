@@ -127,11 +127,7 @@ pub(crate) async fn own<M: Owned>(mut machine: M, mut inbox: Inbox<M>) {
     }
 }
 
-async fn begin<M: Owned>(
-    machine: &mut M,
-    inbox: &mut Inbox<M>,
-    start: M::Start,
-) -> Result<M::Record, Error> {
+async fn begin<M: Owned>(machine: &mut M, inbox: &mut Inbox<M>, start: M::Start) -> Result<M::Record, Error> {
     machine.admit(start).await?;
     let booted = tokio::select! {
         biased;
@@ -230,5 +226,135 @@ async fn due(life: &mut Option<Pin<Box<Sleep>>>) {
     match life {
         Some(sleep) => sleep.await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::ending::Noun;
+
+    /// A machine that notes what is done with it; it boots when it is allowed to.
+    struct Noting {
+        notes: Arc<Mutex<Vec<String>>>,
+        boots: bool,
+        is_gone: bool,
+    }
+
+    impl Noting {
+        fn note(&self, note: impl Into<String>) {
+            self.notes.lock().expect("no panic").push(note.into());
+        }
+    }
+
+    impl Owned for Noting {
+        type Start = ();
+        type Record = ();
+        type Exec = ();
+        type Event = ();
+
+        async fn admit(&mut self, (): ()) -> Result<(), Error> {
+            Ok(())
+        }
+
+        async fn boot(&mut self) -> Result<Place, Error> {
+            tokio::task::yield_now().await;
+            if self.boots { Ok(Place::None) } else { std::future::pending().await }
+        }
+
+        async fn started(&mut self, booted: Result<Place, Error>) -> Result<(), Error> {
+            self.note(booted.as_ref().map_or_else(ToString::to_string, |_| "started".to_owned()));
+            booted.map(drop)
+        }
+
+        async fn stop(&mut self, _: Option<&str>) -> Result<(), Error> {
+            tokio::task::yield_now().await;
+            self.note("stopped");
+            Ok(())
+        }
+
+        async fn exec(&mut self, (): (), inbox: &mut Inbox<Self>) {
+            self.note(format!("ended: {}", inbox.ending().await));
+        }
+
+        async fn remove(&mut self, ending: Ending) -> Result<(), Error> {
+            self.note(format!("removed: {ending}"));
+            self.is_gone = true;
+            Ok(())
+        }
+
+        fn is_gone(&self) -> bool {
+            self.is_gone
+        }
+
+        async fn event(&self) {
+            std::future::pending().await
+        }
+
+        async fn take_note(&mut self, (): ()) {}
+    }
+
+    /// Runs an owner until it ends, beside its callers; what was done.
+    async fn owned(
+        boots: bool,
+        life: Option<Duration>,
+        callers: impl AsyncFnOnce(Mailbox<Noting>),
+    ) -> Vec<String> {
+        let notes = Arc::new(Mutex::new(Vec::new()));
+        let (mailbox, inbox) = mailbox(Ending::Stopped(Noun::Vm), life);
+        let machine = Noting { notes: Arc::clone(&notes), boots, is_gone: false };
+        tokio::join!(own(machine, inbox), callers(mailbox));
+        let notes = notes.lock().expect("no panic").clone();
+        notes
+    }
+
+    /// Sends a message and does not wait for its answer.
+    async fn give_up<T>(call: impl Future<Output = T>) {
+        drop(futures_util::FutureExt::now_or_never(call));
+    }
+
+    #[tokio::test]
+    async fn a_message_is_brought_to_its_end_when_its_sender_is_gone() {
+        let notes = owned(true, None, async |mailbox| {
+            give_up(mailbox.start(())).await;
+            give_up(mailbox.stop(None)).await;
+            // The stop cut the start short, and is followed by this one.
+            give_up(mailbox.start(())).await;
+            give_up(mailbox.remove(Ending::Deleted(Noun::Vm))).await;
+        });
+        let short = |why| format!("the start was cut short: {why}");
+        let expected = [
+            short("the VM was stopped"),
+            "stopped".to_owned(),
+            short("the VM was deleted"),
+            "removed: the VM was deleted".to_owned(),
+        ];
+        assert_eq!(notes.await, expected);
+    }
+
+    #[tokio::test]
+    async fn a_boot_that_never_ends_holds_up_neither_a_deletion_nor_the_end_of_the_engine() {
+        let notes = owned(false, None, async |mailbox| {
+            let (started, removed) =
+                tokio::join!(mailbox.start(()), mailbox.remove(Ending::Deleted(Noun::Vm)));
+            assert_eq!(started.expect("answered").expect_err("cut short").kind(), ErrorKind::Cancelled);
+            removed.expect("removed");
+            assert!(mailbox.stop(None).await.is_none(), "nobody is there any more");
+            mailbox.remove(Ending::Deleted(Noun::Vm)).await.expect("gone is what was asked for");
+        });
+        assert_eq!(notes.await.last().map(String::as_str), Some("removed: the VM was deleted"));
+        let notes = owned(false, None, async |mailbox| give_up(mailbox.start(())).await);
+        assert_eq!(notes.await, ["the start was cut short: it was cancelled"]);
+    }
+
+    #[tokio::test]
+    async fn the_end_of_its_life_ends_a_command_and_removes_the_machine() {
+        let notes = owned(true, Some(Duration::from_millis(1)), async |mailbox| {
+            drop(mailbox.0.send(Message::Exec(())));
+            mailbox.0.closed().await;
+        });
+        assert_eq!(notes.await, ["ended: the machine's time is up", "removed: the machine's time is up"]);
     }
 }

@@ -79,8 +79,7 @@ impl Place {
             Self::None => {}
             Self::Guest(running) => {
                 metadata.insert("confinement".to_owned(), running.machine.confinement().to_string());
-                metadata
-                    .extend(running.cold_reason.clone().map(|reason| ("cold_reason".to_owned(), reason)));
+                metadata.extend(running.cold_reason.clone().map(|reason| ("cold_reason".to_owned(), reason)));
             }
             Self::Host(host) => {
                 metadata.insert("host_compat_reason".to_owned(), host.reason.clone());

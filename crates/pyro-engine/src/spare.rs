@@ -159,37 +159,55 @@ fn like(one: &VmSpec, other: &VmSpec) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::path::PathBuf;
     use std::time::Instant;
+
+    use pyro_vmm::Isolation;
 
     use super::*;
     use crate::engine::EngineConfig;
 
-    /// An engine that keeps a spare, on the environments of the tests.
-    fn engine(test: &str, cap: u32) -> Option<(tempfile::TempDir, Engine)> {
-        let Some(cache_dir) = std::env::var_os("PYRO_TEST_ENVIRONMENTS").map(PathBuf::from) else {
-            println!("skipped: {test}: PYRO_TEST_ENVIRONMENTS is not set");
-            return None;
-        };
-        let state = tempfile::tempdir().expect("a directory");
-        let config = EngineConfig {
-            state_dir: state.path().join("state"),
+    pub(crate) fn config(state: &tempfile::TempDir, cache_dir: PathBuf, cap: u32) -> EngineConfig {
+        EngineConfig {
+            state_dir: state.path().to_owned(),
             cache_dir,
             apt_sources: None,
             tool_path: std::env::var_os("PATH").unwrap_or_default(),
             backend: None,
             firecracker: None,
             template_limit_mib: 4096,
-            spare: true,
+            spare: false,
             max_active_vms: cap,
             max_ttl_seconds: 3600,
             supervisor: None,
+        }
+    }
+
+    /// An engine on the environments of the tests.
+    pub(crate) fn engine(test: &str, cap: u32) -> Option<(tempfile::TempDir, Engine)> {
+        engine_with(test, |state, cache_dir| config(state, cache_dir, cap))
+    }
+
+    /// The same, which keeps a spare.
+    fn engine_with_spare(test: &str, cap: u32) -> Option<(tempfile::TempDir, Engine)> {
+        engine_with(test, |state, cache_dir| EngineConfig { spare: true, ..config(state, cache_dir, cap) })
+    }
+
+    fn engine_with(
+        test: &str,
+        config: impl FnOnce(&tempfile::TempDir, PathBuf) -> EngineConfig,
+    ) -> Option<(tempfile::TempDir, Engine)> {
+        let Some(cache_dir) = std::env::var_os("PYRO_TEST_ENVIRONMENTS").map(PathBuf::from) else {
+            println!("skipped: {test}: PYRO_TEST_ENVIRONMENTS is not set");
+            return None;
         };
+        let state = tempfile::tempdir().expect("a directory");
+        let config = config(&state, cache_dir);
         Some((state, Engine::open(config).expect("opened")))
     }
 
-    fn spec() -> VmSpec {
+    pub(crate) fn spec() -> VmSpec {
         VmSpec { mem_mib: 512, ..VmSpec::new("debian:12") }
     }
 
@@ -213,7 +231,8 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn the_next_command_gets_the_spare_and_another_kind_does_not() {
-        let Some((_state, engine)) = engine("the_next_command_gets_the_spare_and_another_kind_does_not", 4)
+        let Some((_state, engine)) =
+            engine_with_spare("the_next_command_gets_the_spare_and_another_kind_does_not", 4)
         else {
             return;
         };
@@ -233,7 +252,10 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_spare_makes_room_and_ends_with_its_engine() {
-        let Some((state, engine)) = engine("a_spare_makes_room_and_ends_with_its_engine", 2) else { return };
+        let Some((state, engine)) = engine_with_spare("a_spare_makes_room_and_ends_with_its_engine", 2)
+        else {
+            return;
+        };
         hostname(&engine, spec()).await;
         waiting(&engine).await;
         let machines = [(); 2].map(|()| engine.create_vm(spec(), Observer::none()));
@@ -243,6 +265,24 @@ mod tests {
         let refused = engine.create_vm(spec(), Observer::none()).await.expect_err("full");
         assert_eq!(refused.to_string(), "max active VMs reached (2); delete old VMs first");
         drop(engine);
-        assert_eq!(fs_err::read_dir(state.path().join("state/vms")).expect("there").count(), 0);
+        assert_eq!(fs_err::read_dir(state.path().join("vms")).expect("there").count(), 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_spare_that_isolates_less_than_is_required_is_not_used() {
+        const TEST: &str = "a_spare_that_isolates_less_than_is_required_is_not_used";
+        let Some((_state, engine)) = engine_with_spare(TEST, 4) else { return };
+        hostname(&engine, spec()).await;
+        let spare = waiting(&engine).await;
+        let environment = engine.prepare("debian:12", &Observer::none()).await.expect("installed");
+        let isolation = engine.isolation().expect("a VMM");
+        let require = |tier| VmSpec { require_isolation: Some(tier), ..spec() };
+        for tier in [Isolation::QemuTcg, Isolation::QemuKvm, Isolation::FirecrackerKvm] {
+            if tier > isolation {
+                assert!(engine.take_spare(&require(tier), &environment).is_none(), "{tier}");
+            }
+        }
+        let taken = engine.take_spare(&require(isolation), &environment).expect("it isolates enough");
+        assert_eq!(taken.record.vm_id, spare);
     }
 }

@@ -1,6 +1,8 @@
 //! VMs of one process: made, started, used once, ended. They never outlive the engine that made them.
 
 mod machine;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -3,8 +3,8 @@
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use pyro_vmm::{DiskCache, Driver, MachineSpec, Snapshot, Vmm};

@@ -45,12 +45,7 @@ impl Supervisor {
         let (progress, watched) = watch::channel(Progress::default());
         let cancel = watch::Sender::new(None);
         let handle = Handle { progress: watched, cancel: cancel.clone() };
-        let new = NewEntry {
-            command: exec.command.display(),
-            cwd: exec.cwd.clone(),
-            manner,
-            request_id,
-        };
+        let new = NewEntry { command: exec.command.display(), cwd: exec.cwd.clone(), manner, request_id };
         let writer =
             self.commands.begin(handle, async |sequence| self.begin_entry(sequence, new).await).await?;
         let (sender, events) = mpsc::channel(QUEUE);
