@@ -106,6 +106,13 @@ impl VmMachine {
     }
 }
 
+/// The owner ends with its runtime, and the machine with it.
+impl Drop for VmMachine {
+    fn drop(&mut self) {
+        drop(self.live.get().take());
+    }
+}
+
 impl Owned for VmMachine {
     type Start = ();
     type Record = VmRecord;

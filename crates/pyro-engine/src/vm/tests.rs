@@ -1,6 +1,6 @@
 //! What becomes of a VM whose callers go away, and where its commands may run.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::*;
 use crate::engine::EngineConfig;
@@ -36,12 +36,15 @@ fn directories(state: &Path) -> usize {
     fs_err::read_dir(state.join("vms")).expect("there").count()
 }
 
-/// An engine that finds no VMM.
-fn without_vmm() -> (tempfile::TempDir, Engine) {
-    let state = tempfile::tempdir().expect("a directory");
-    let config =
-        EngineConfig { tool_path: "/nowhere".into(), ..config(&state, state.path().join("cache"), 4) };
-    (state, Engine::open(config).expect("opened"))
+/// An engine that finds no VMM, and its state directory.
+fn without_vmm(root: &tempfile::TempDir) -> (PathBuf, Engine) {
+    let [state_dir, cache_dir] = ["state", "cache"].map(|name| root.path().join(name));
+    let config = EngineConfig {
+        state_dir: state_dir.clone(),
+        tool_path: "/nowhere".into(),
+        ..config(root, cache_dir, 4)
+    };
+    (state_dir, Engine::open(config).expect("opened"))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -148,19 +151,21 @@ async fn an_engine_that_is_dropped_leaves_no_vm() {
 
 #[test]
 fn a_vm_ends_with_the_runtime_on_which_it_was_made() {
-    let (state, engine) = without_vmm();
+    let root = tempfile::tempdir().expect("a directory");
+    let (state, engine) = without_vmm(&root);
     let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let first = runtime();
     let vm = first.block_on(engine.create_vm(lenient(), Observer::none())).expect("created").vm_id;
     drop(first);
-    assert_eq!(directories(state.path()), 0);
+    assert_eq!(directories(&state), 0);
     let gone = runtime().block_on(engine.start_vm(&vm)).expect_err("gone");
     assert_eq!(gone.to_string(), format!("vm '{vm}' does not exist"));
 }
 
 #[tokio::test]
 async fn a_vm_runs_on_the_host_only_while_it_is_started_there() {
-    let (_state, engine) = without_vmm();
+    let root = tempfile::tempdir().expect("a directory");
+    let (_state, engine) = without_vmm(&root);
     let vm = engine.create_vm(lenient(), Observer::none()).await.expect("created").vm_id;
     let text = format!("vm {vm} must be in 'started' state before execution");
     let exec = || engine.exec_vm(&vm, sh("true"), Observer::none());
