@@ -13,7 +13,7 @@ use pyro_engine::{
     Command, Engine, EngineConfig, Error, ErrorKind, ExecResult, ExecSpec, Observer, VmSpec, VmState,
 };
 
-use crate::support::{Dice, PATIENCE, Pyro, environments};
+use crate::support::{Dice, Pyro, environments};
 
 const DROPS: u64 = 50;
 const SEED: u64 = 20_261_127;

@@ -180,13 +180,17 @@ fn a_command_that_a_stop_of_its_task_ends_says_so_and_not_that_it_was_cancelled(
     assert_eq!((&result["fault"], &result["stdout"]), (&"cancelled".into(), &"begun\n".into()), "{result}");
     assert_eq!(result["stderr"], "command ended: the task was stopped\n");
     let entry = fs::read_to_string(pyro.task_file(&id, "commands/000001.json")).expect("an entry");
-    let entry: Value = serde_json::from_str(&entry).expect("an object");
+    let entry: serde_json::Value = serde_json::from_str(&entry).expect("an object");
     assert_eq!(entry["reason"], "command ended: the task was stopped");
     // Where it ran is in its entry, and stays there when the task starts anew.
     assert_eq!((&entry["isolation"], &entry["start_mode"]), (&result["isolation"], &result["start_mode"]));
     pyro.ok(&["task", "start", &id]);
     let again = pyro.json(&["task", "exec", &id, "--json", "--", "true"]);
-    assert_eq!((&again["start_mode"], &again["isolation"]), (&"cold".into(), &result["isolation"]), "{again}");
+    assert_eq!(
+        (&again["start_mode"], &again["isolation"]),
+        (&"cold".into(), &result["isolation"]),
+        "{again}"
+    );
     let attached = pyro.json(&["task", "attach", &id, "1", "--json"]);
     assert_eq!(attached["start_mode"], result["start_mode"], "{attached}");
     pyro.ok(&["task", "delete", &id]);
