@@ -1,11 +1,12 @@
 //! Calls of the engine that are given up at random moments: their futures are dropped after a number of polls or after a
 //! time. Afterwards the VM or task can be used or is gone, no command has run on the host, and nothing is left.
 //!
-//! `PYRO_DROPS` says how often each call on a VM is given up; each on a task, a sixth of that. `PYRO_DROPS_SEED` repeats
+//! `PYRO_DROPS` says how often each call on a VM is given up; each on a task, a fifth of that. `PYRO_DROPS_SEED` repeats
 //! what a seed has chosen.
 
-use std::future::Future;
+use std::collections::BTreeMap;
 use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -19,8 +20,18 @@ const DROPS: u64 = 50;
 const SEED: u64 = 20_261_127;
 /// Workers, each with one machine at a time.
 const WORKERS: u64 = 2;
-/// Longer than the calls that boot take here, so that some of them end.
-const LONGEST: u64 = 900;
+/// Milliseconds: longer than a restored machine takes to start, so that some calls end.
+const LONGEST: u64 = 500;
+
+/// How often each call was given up, and how often it was faster.
+type Tally = Mutex<BTreeMap<&'static str, [u64; 2]>>;
+
+/// Gives calls up.
+struct Dropper {
+    engine: Engine,
+    dice: Dice,
+    tally: Arc<Tally>,
+}
 
 #[test]
 fn a_call_that_is_given_up_leaves_a_machine_that_works_or_is_gone() {
@@ -35,13 +46,15 @@ fn a_call_that_is_given_up_leaves_a_machine_that_works_or_is_gone() {
     let runtime = runtime.expect("a runtime");
     let engine = Engine::open(config(&pyro)).expect("opened");
     let began = Instant::now();
+    let tally = Arc::<Tally>::default();
     let workers = (0..WORKERS).map(|worker| {
-        let (engine, mut dice) = (engine.clone(), Dice::new(seed * 1000 + worker));
+        let (engine, dice) = (engine.clone(), Dice::new(seed * 1000 + worker));
+        let mut dropper = Dropper { engine, dice, tally: Arc::clone(&tally) };
         runtime.spawn(async move {
             for round in (worker..drops).step_by(usize::try_from(WORKERS).expect("small")) {
-                vms(&engine, &mut dice).await;
-                if round % 6 < WORKERS {
-                    task(&engine, &mut dice).await;
+                dropper.vms().await;
+                if round % 10 < WORKERS {
+                    dropper.task().await;
                 }
             }
         })
@@ -64,7 +77,7 @@ fn a_call_that_is_given_up_leaves_a_machine_that_works_or_is_gone() {
             .all(|kind| fs_err::read_dir(pyro.state().join(kind)).expect("there").next().is_none())
     });
     pyro.assert_empty();
-    println!("drops: {:.1} s", began.elapsed().as_secs_f64());
+    println!("drops: {:.1} s; given up and not: {:?}", began.elapsed().as_secs_f64(), tally);
 }
 
 fn config(pyro: &Pyro) -> EngineConfig {
@@ -93,114 +106,129 @@ fn command() -> ExecSpec {
     ExecSpec::new(Command::argv(["echo", "alive"]))
 }
 
-/// Drops a call after some polls or some time; what it returned, if it was faster.
-async fn given_up<T>(dice: &mut Dice, call: impl Future<Output = T>) -> Option<T> {
-    if dice.chance(50) {
-        return tokio::time::timeout(Duration::from_millis(dice.below(LONGEST)), call).await.ok();
+impl Dropper {
+    /// Drops a call after some polls or some time; what it returned, if it was faster.
+    async fn give_up<T>(&mut self, name: &'static str, call: impl Future<Output = T>) -> Option<T> {
+        let mut call = pin!(call);
+        let done = if self.dice.chance(50) {
+            tokio::time::timeout(Duration::from_millis(self.dice.below(LONGEST)), call).await.ok()
+        } else {
+            let mut polls = self.dice.below(10);
+            std::future::poll_fn(|context| {
+                if polls == 0 {
+                    return Poll::Ready(None);
+                }
+                polls -= 1;
+                match call.as_mut().poll(context) {
+                    Poll::Ready(done) => Poll::Ready(Some(done)),
+                    Poll::Pending if polls == 0 => Poll::Ready(None),
+                    Poll::Pending => Poll::Pending,
+                }
+            })
+            .await
+        };
+        let mut tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
+        tally.entry(name).or_default()[usize::from(done.is_some())] += 1;
+        done
     }
-    let (mut call, mut polls) = (pin!(call), dice.below(10));
-    std::future::poll_fn(|context| {
-        if polls == 0 {
-            return Poll::Ready(None);
+
+    /// One round: each call on a VM is given up once.
+    async fn vms(&mut self) {
+        let engine = self.engine.clone();
+        if let Some(run) = self.give_up("run", engine.run(spec(), command(), Observer::none())).await {
+            alive(run.expect("it runs"));
         }
-        polls -= 1;
-        match call.as_mut().poll(context) {
-            Poll::Ready(done) => Poll::Ready(Some(done)),
-            Poll::Pending if polls == 0 => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
+        if let Some(created) = self.give_up("create_vm", engine.create_vm(spec(), Observer::none())).await {
+            engine.delete_vm(&created.expect("created").vm_id).await.expect("deleted");
         }
-    })
-    .await
-}
+        self.stopped_and_deleted().await;
+        self.used().await;
+    }
 
-/// One round: each call on a VM is given up once.
-async fn vms(engine: &Engine, dice: &mut Dice) {
-    if let Some(run) = given_up(dice, engine.run(spec(), command(), Observer::none())).await {
-        alive(run.expect("it runs"));
+    /// Start, stop and deletion are given up.
+    async fn stopped_and_deleted(&mut self) {
+        let engine = self.engine.clone();
+        let vm = self.started().await;
+        if let Some(stopped) = self.give_up("stop_vm", engine.stop_vm(&vm)).await {
+            assert_eq!(stopped.expect("stopped").state, VmState::Stopped);
+        }
+        // To boot again takes long; the tests of the engine do it after each.
+        if self.dice.chance(6) {
+            let _may_run_already = engine.start_vm(&vm).await;
+            assert_eq!(engine.status_vm(&vm).expect("there").state, VmState::Started);
+        }
+        match self.give_up("delete_vm", engine.delete_vm(&vm)).await {
+            Some(deleted) => assert!(deleted.expect("deleted").deleted),
+            None => gone_or(engine.delete_vm(&vm).await.map(drop)),
+        }
+        gone(&engine.status_vm(&vm).expect_err("deleted"));
     }
-    if let Some(created) = given_up(dice, engine.create_vm(spec(), Observer::none())).await {
-        engine.delete_vm(&created.expect("created").vm_id).await.expect("deleted");
-    }
-    stopped_and_deleted(engine, dice).await;
-    used(engine, dice).await;
-}
 
-/// Start, stop and deletion are given up.
-async fn stopped_and_deleted(engine: &Engine, dice: &mut Dice) {
-    let vm = started(engine, dice).await;
-    if let Some(stopped) = given_up(dice, engine.stop_vm(&vm)).await {
-        assert_eq!(stopped.expect("stopped").state, VmState::Stopped);
+    /// Start and command are given up.
+    async fn used(&mut self) {
+        let engine = self.engine.clone();
+        let vm = self.started().await;
+        match self.give_up("exec_vm", engine.exec_vm(&vm, command(), Observer::none())).await {
+            Some(result) => alive(result.expect("it runs")),
+            // It was sent, and the machine has gone with it; or it was not.
+            None => match engine.exec_vm(&vm, command(), Observer::none()).await {
+                Ok(result) => alive(result),
+                Err(error) => gone(&error),
+            },
+        }
+        gone(&engine.stop_vm(&vm).await.expect_err("used up"));
     }
-    // To boot again takes long; the tests of the engine do it after each.
-    if dice.chance(10) {
-        let _may_run_already = engine.start_vm(&vm).await;
-        assert_eq!(engine.status_vm(&vm).expect("there").state, VmState::Started);
-    }
-    match given_up(dice, engine.delete_vm(&vm)).await {
-        Some(deleted) => assert!(deleted.expect("deleted").deleted),
-        None => gone_or(engine.delete_vm(&vm).await.map(drop)),
-    }
-    gone(&engine.status_vm(&vm).expect_err("deleted"));
-}
 
-/// Start and command are given up.
-async fn used(engine: &Engine, dice: &mut Dice) {
-    let vm = started(engine, dice).await;
-    match given_up(dice, engine.exec_vm(&vm, command(), Observer::none())).await {
-        Some(result) => alive(result.expect("it runs")),
-        // It was sent, and the machine has gone with it; or it was not.
-        None => match engine.exec_vm(&vm, command(), Observer::none()).await {
-            Ok(result) => alive(result),
-            Err(error) => gone(&error),
-        },
+    /// A VM that runs, after a start of it was given up.
+    async fn started(&mut self) -> String {
+        let engine = self.engine.clone();
+        let vm = engine.create_vm(spec(), Observer::none()).await.expect("created").vm_id;
+        let first = self.give_up("start_vm", engine.start_vm(&vm)).await;
+        let record = match first {
+            Some(record) => record.expect("started"),
+            None => match engine.start_vm(&vm).await {
+                Ok(record) => record,
+                Err(error) => {
+                    let text = format!("vm {vm} cannot be started from state 'started'");
+                    assert_eq!(error.to_string(), text, "the start that was given up has gone on");
+                    engine.status_vm(&vm).expect("there")
+                }
+            },
+        };
+        assert_eq!(record.state, VmState::Started);
+        assert_ne!(record.execution_mode, "host_compat", "{record:?}");
+        vm
     }
-    gone(&engine.stop_vm(&vm).await.expect_err("used up"));
-}
 
-/// A VM that runs, after a start of it was given up.
-async fn started(engine: &Engine, dice: &mut Dice) -> String {
-    let vm = engine.create_vm(spec(), Observer::none()).await.expect("created").vm_id;
-    let first = given_up(dice, engine.start_vm(&vm)).await;
-    let record = match first {
-        Some(record) => record.expect("started"),
-        None => match engine.start_vm(&vm).await {
-            Ok(record) => record,
-            Err(error) => {
-                let text = format!("vm {vm} cannot be started from state 'started'");
-                assert_eq!(error.to_string(), text, "the start that was given up has gone on");
-                engine.status_vm(&vm).expect("there")
-            }
-        },
-    };
-    assert_eq!(record.state, VmState::Started);
-    assert_ne!(record.execution_mode, "host_compat", "{record:?}");
-    vm
-}
-
-/// Each call on a task is given up once.
-async fn task(engine: &Engine, dice: &mut Dice) {
-    if let Some(created) = given_up(dice, engine.create_task(spec(), Observer::none())).await {
-        let id = created.expect("created").task_id;
-        engine.delete_task(&id).await.expect("deleted");
+    /// Each call on a task is given up once.
+    async fn task(&mut self) {
+        let engine = self.engine.clone();
+        if let Some(created) = self.give_up("create_task", engine.create_task(spec(), Observer::none())).await
+        {
+            let id = created.expect("created").task_id;
+            engine.delete_task(&id).await.expect("deleted");
+        }
+        let id = engine.create_task(spec(), Observer::none()).await.expect("created").task_id;
+        if let Some(result) =
+            self.give_up("exec_task", engine.exec_task(&id, command(), Observer::none())).await
+        {
+            alive(result.expect("it runs"));
+        }
+        alive(engine.exec_task(&id, command(), Observer::none()).await.expect("the next one runs"));
+        if let Some(stopped) = self.give_up("stop_task", engine.stop_task(&id)).await {
+            assert_eq!(stopped.expect("stopped").state, VmState::Stopped);
+        }
+        if let Some(started) = self.give_up("start_task", engine.start_task(&id)).await {
+            runs(started.map(|record| record.state));
+        }
+        runs(engine.start_task(&id).await.map(|record| record.state));
+        alive(engine.exec_task(&id, command(), Observer::none()).await.expect("it runs"));
+        match self.give_up("delete_task", engine.delete_task(&id)).await {
+            Some(deleted) => assert!(deleted.expect("deleted").deleted),
+            None => gone_or(engine.delete_task(&id).await.map(drop)),
+        }
+        gone(&engine.status_task(&id).await.expect_err("deleted"));
     }
-    let id = engine.create_task(spec(), Observer::none()).await.expect("created").task_id;
-    if let Some(result) = given_up(dice, engine.exec_task(&id, command(), Observer::none())).await {
-        alive(result.expect("it runs"));
-    }
-    alive(engine.exec_task(&id, command(), Observer::none()).await.expect("the next one runs"));
-    if let Some(stopped) = given_up(dice, engine.stop_task(&id)).await {
-        assert_eq!(stopped.expect("stopped").state, VmState::Stopped);
-    }
-    if let Some(started) = given_up(dice, engine.start_task(&id)).await {
-        runs(started.map(|record| record.state));
-    }
-    runs(engine.start_task(&id).await.map(|record| record.state));
-    alive(engine.exec_task(&id, command(), Observer::none()).await.expect("it runs"));
-    match given_up(dice, engine.delete_task(&id)).await {
-        Some(deleted) => assert!(deleted.expect("deleted").deleted),
-        None => gone_or(engine.delete_task(&id).await.map(drop)),
-    }
-    gone(&engine.status_task(&id).await.expect_err("deleted"));
 }
 
 /// The command has run, in a guest.
