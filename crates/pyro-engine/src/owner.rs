@@ -306,8 +306,7 @@ mod tests {
         let (mailbox, inbox) = mailbox(Ending::Stopped(Noun::Vm), life);
         let machine = Noting { notes: Arc::clone(&notes), boots, is_gone: false };
         tokio::join!(own(machine, inbox), callers(mailbox));
-        let notes = notes.lock().expect("no panic").clone();
-        notes
+        notes.lock().expect("no panic").clone()
     }
 
     /// Sends a message and does not wait for its answer.
@@ -323,7 +322,8 @@ mod tests {
             // The stop cut the start short, and is followed by this one.
             give_up(mailbox.start(())).await;
             give_up(mailbox.remove(Ending::Deleted(Noun::Vm))).await;
-        });
+        })
+        .await;
         let short = |why| format!("the start was cut short: {why}");
         let expected = [
             short("the VM was stopped"),
@@ -331,7 +331,7 @@ mod tests {
             short("the VM was deleted"),
             "removed: the VM was deleted".to_owned(),
         ];
-        assert_eq!(notes.await, expected);
+        assert_eq!(notes, expected);
     }
 
     #[tokio::test]
@@ -343,10 +343,11 @@ mod tests {
             removed.expect("removed");
             assert!(mailbox.stop(None).await.is_none(), "nobody is there any more");
             mailbox.remove(Ending::Deleted(Noun::Vm)).await.expect("gone is what was asked for");
-        });
-        assert_eq!(notes.await.last().map(String::as_str), Some("removed: the VM was deleted"));
-        let notes = owned(false, None, async |mailbox| give_up(mailbox.start(())).await);
-        assert_eq!(notes.await, ["the start was cut short: it was cancelled"]);
+        })
+        .await;
+        assert_eq!(notes.last().map(String::as_str), Some("removed: the VM was deleted"));
+        let notes = owned(false, None, async |mailbox| give_up(mailbox.start(())).await).await;
+        assert_eq!(notes, ["the start was cut short: it was cancelled"]);
     }
 
     #[tokio::test]
@@ -354,7 +355,8 @@ mod tests {
         let notes = owned(true, Some(Duration::from_millis(1)), async |mailbox| {
             drop(mailbox.0.send(Message::Exec(())));
             mailbox.0.closed().await;
-        });
-        assert_eq!(notes.await, ["ended: the machine's time is up", "removed: the machine's time is up"]);
+        })
+        .await;
+        assert_eq!(notes, ["ended: the machine's time is up", "removed: the machine's time is up"]);
     }
 }

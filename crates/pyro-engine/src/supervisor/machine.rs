@@ -68,6 +68,13 @@ impl TaskMachine {
     }
 }
 
+/// A supervisor whose owner has failed ends, and takes the guest with it: without an owner nobody would stop it.
+impl Drop for TaskMachine {
+    fn drop(&mut self) {
+        self.supervisor.gone.send_replace(true);
+    }
+}
+
 impl Owned for TaskMachine {
     /// The cap under which a slot is taken; none: the slot was taken for this supervisor.
     type Start = Option<u32>;

@@ -95,12 +95,14 @@ impl VmMachine {
         let mut is_ending = false;
         loop {
             tokio::select! {
-                result = &mut command => return Some(result),
+                biased;
+                // A caller that has gone away before the command was sent has it sent no more.
                 () = reply.closed() => return None,
                 ending = inbox.ending(), if !is_ending => {
                     is_ending = true;
                     cancel.send_replace(Some(ending));
                 }
+                result = &mut command => return Some(result),
             }
         }
     }
