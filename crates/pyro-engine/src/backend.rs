@@ -4,13 +4,12 @@ use std::path::PathBuf;
 
 use pyro_vmm::host::{HostFacts, find_qemu, firecracker_version};
 use pyro_vmm::source::{self, Found, NAMED, SourceError};
-use pyro_vmm::{
-    Accel, BackendKind, Confine, Driver, Firecracker, FirecrackerConfig, Isolation, Qemu, QemuConfig, Vmm,
-};
+use pyro_vmm::{Accel, BackendKind, Confine, Driver, Firecracker, FirecrackerConfig, Qemu, QemuConfig, Vmm};
 
 use crate::engine::{Engine, EngineConfig};
 use crate::error::{Error, ErrorKind};
 use crate::live::{Boot, Running, StartTimes, not_launched, unavailable};
+use crate::place::Terms;
 
 const KVM_HINT: &str =
     "run `pyro doctor` to see why; without --backend, guests run in software where there is no KVM";
@@ -21,21 +20,13 @@ impl Engine {
     ///
     /// # Errors
     /// When none boots it; the first one's words.
-    pub(crate) async fn boot(
-        &self,
-        boot: &Boot<'_>,
-        required: Option<Isolation>,
-    ) -> Result<(Running, StartTimes), Error> {
+    pub(crate) async fn boot(&self, boot: &Boot<'_>, terms: Terms) -> Result<(Running, StartTimes), Error> {
         let mut vmm = self.vmm()?;
         let mut weaker: Option<std::vec::IntoIter<Driver>> = None;
         let mut failed: Option<Error> = None;
         loop {
-            let isolation = vmm.capabilities().isolation;
-            // What this host gives may have changed since the requirement was checked.
-            if let Some(required) = required.filter(|required| isolation < *required) {
-                let text = format!("isolation '{required}' was required; this host gives '{isolation}'");
-                let refused =
-                    Error::new(ErrorKind::IsolationUnavailable, text).hint("run `pyro doctor` to see why");
+            // Before a weaker VMM is launched at all; what it gives may have changed since the caller asked.
+            if let Err(refused) = terms.check_isolation(vmm.capabilities().isolation) {
                 return Err(failed.unwrap_or(refused));
             }
             match self.start_on(&vmm, boot).await {

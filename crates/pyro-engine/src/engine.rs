@@ -1,6 +1,5 @@
 //! The engine: one state directory, one cache of environments, one VMM; and what comes before any machine.
 
-use std::collections::HashMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -13,10 +12,10 @@ use serde::Serialize;
 
 use crate::error::{Error, ErrorKind};
 use crate::observe::{Building, CancelOnDrop, Observer, Phase};
+use crate::place::Terms;
 use crate::registry::{Registry, Swept};
-use crate::spare::Slot;
 use crate::spec::{Command, ExecSpec, VmSpec};
-use crate::vm::Vm;
+use crate::vm::Machines;
 
 /// Everything that the engine needs to know; it reads nothing else.
 #[derive(Clone, Debug)]
@@ -71,6 +70,8 @@ pub(crate) type Ground = (Isolation, Environment);
 #[derive(Clone, Debug)]
 pub struct Engine {
     pub(crate) inner: Arc<Inner>,
+    /// They end when the last engine that its user holds is dropped.
+    pub(crate) machines: Arc<Machines>,
 }
 
 #[derive(Debug)]
@@ -80,9 +81,6 @@ pub(crate) struct Inner {
     pub(crate) registry: Arc<Registry>,
     /// What was found and removed when this engine was opened.
     swept: Mutex<Swept>,
-    /// Machines of this process.
-    pub(crate) vms: Mutex<HashMap<String, Arc<Vm>>>,
-    pub(crate) spare: Mutex<Slot>,
 }
 
 impl Engine {
@@ -107,15 +105,14 @@ impl Engine {
     fn on_store(config: EngineConfig, store: Store) -> Result<Self, Error> {
         let registry = Arc::new(Registry::open(&config.state_dir)?);
         Ok(Self {
-            inner: Arc::new(Inner {
-                config,
-                store,
-                registry,
-                swept: Mutex::default(),
-                vms: Mutex::default(),
-                spare: Mutex::default(),
-            }),
+            inner: Arc::new(Inner { config, store, registry, swept: Mutex::default() }),
+            machines: Arc::default(),
         })
+    }
+
+    /// The same engine for a task of its own, which keeps no machine of this one alive.
+    pub(crate) fn worker(&self) -> Self {
+        Self { inner: Arc::clone(&self.inner), machines: Arc::default() }
     }
 
     /// What this host can do: its KVM, proven by running guest code, and its TSC.
@@ -240,17 +237,16 @@ impl Engine {
             return Err(Error::new(ErrorKind::InvalidValue, text)
                 .hint("leave the network off; files can be given on stdin"));
         }
-        if let Some(required) = spec.require_isolation {
-            let given = self.isolation();
-            let text = match &given {
-                Ok(given) if *given >= required => return Ok(()),
-                Ok(given) => format!("isolation '{required}' was required; this host gives '{given}'"),
-                Err(error) => format!("isolation '{required}' was required; this host gives none: {error}"),
-            };
-            return Err(Error::new(ErrorKind::IsolationUnavailable, text)
-                .hint("run `pyro doctor` to see why, or require less"));
+        let Some(required) = spec.require_isolation else { return Ok(()) };
+        // Refused before anything is made; what is handed out later is checked again.
+        match self.isolation() {
+            Ok(given) => Terms::of(spec).check_isolation(given),
+            Err(error) => {
+                let text = format!("isolation '{required}' was required; this host gives none: {error}");
+                Err(Error::new(ErrorKind::IsolationUnavailable, text)
+                    .hint("run `pyro doctor` to see why, or require less"))
+            }
         }
-        Ok(())
     }
 
     /// The tier that a machine will have, and the files that it needs; none of the latter where no guest can be had
@@ -315,7 +311,7 @@ impl Engine {
 
 /// Whether an error leaves the host as a place for a command, which its caller has allowed.
 pub(crate) fn may_use_host(spec: &VmSpec, error: &Error) -> bool {
-    error.kind() == ErrorKind::GuestUnavailable && spec.allow_host_compat && spec.require_isolation.is_none()
+    error.kind() == ErrorKind::GuestUnavailable && Terms::of(spec).may_use_host()
 }
 
 fn open_store(config: &EngineConfig) -> Result<Store, Error> {

@@ -1,6 +1,5 @@
 //! One command from its sending to its end: its output taken as it comes, its end judged.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use pyro_vmm::Machine;
@@ -8,11 +7,13 @@ use rustix::process::Signal;
 use tokio::sync::watch;
 
 use crate::capture::Capture;
+use crate::ending::Ending;
 use crate::error::{Error, ErrorKind};
 use crate::guest::{Chunk, Event, Exec, Stream};
 use crate::host::HostExec;
 use crate::live::{Running, command_unavailable};
 use crate::observe::Observer;
+use crate::place::Place;
 use crate::record::{ExecResult, Fault, Timings};
 use crate::spec::ExecSpec;
 
@@ -29,13 +30,6 @@ const EXIT_GRACE: Duration = Duration::from_secs(2);
 enum Process {
     Guest(Box<Exec>),
     Host(HostExec),
-}
-
-/// Where a command runs.
-pub(crate) enum Place<'a> {
-    Guest(&'a Running),
-    /// On the host, in this directory.
-    Host(PathBuf),
 }
 
 /// Where output goes, piece by piece.
@@ -69,20 +63,20 @@ impl Limit {
 
 /// Tells when a command shall end before its time, and why.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Cancel(Option<watch::Receiver<Option<Fault>>>);
+pub(crate) struct Cancel(Option<watch::Receiver<Option<Ending>>>);
 
 impl Cancel {
-    pub(crate) fn new(receiver: watch::Receiver<Option<Fault>>) -> Self {
+    pub(crate) fn new(receiver: watch::Receiver<Option<Ending>>) -> Self {
         Self(Some(receiver))
     }
 
     /// Resolves when the command shall end; never where nobody can ask for that.
-    pub(crate) async fn asked(&mut self) -> Fault {
+    pub(crate) async fn asked(&mut self) -> Ending {
         if let Some(receiver) = &mut self.0
             && let Ok(asked) = receiver.wait_for(Option::is_some).await
-            && let Some(fault) = *asked
+            && let Some(ending) = *asked
         {
-            return fault;
+            return ending;
         }
         std::future::pending().await
     }
@@ -136,7 +130,7 @@ impl Process {
 /// When the guest does not take it, the sink refuses, or the connection to a guest that lives broke; the command is
 /// ended then.
 pub(crate) async fn carry_out(
-    place: Place<'_>,
+    place: &Place,
     exec: ExecSpec,
     limit: Limit,
     sink: &mut impl Sink,
@@ -147,14 +141,16 @@ pub(crate) async fn carry_out(
             let sent = tokio::select! {
                 biased;
                 // A guest that does not answer holds neither a cancellation nor the end of its task up.
-                fault = cancel.asked() => return Ok(ended(fault, 137)),
+                ending = cancel.asked() => return Ok(ended_by(ending, 137)),
                 sent = Process::send(running, exec, limit) => sent?,
             };
             (sent, Some(&running.machine))
         }
-        Place::Host(workspace) => {
-            (Process::Host(HostExec::start(workspace, exec.command, limit.duration())), None)
+        Place::Host(host) => {
+            (Process::Host(HostExec::start(host.workspace.clone(), exec.command, limit.duration())), None)
         }
+        // Its callers have looked; an absent machine never means the host.
+        Place::None => return Err(command_unavailable("the machine is gone")),
     };
     conduct(&mut process, machine, limit, sink, cancel).await
 }
@@ -169,17 +165,17 @@ async fn conduct(
 ) -> Result<Outcome, Error> {
     let mut deadline = Instant::now() + limit.duration() + GUEST_MARGIN;
     let life_end = Instant::now() + Duration::from_secs_f64(limit.left.clamp(0.0, 1e9)) + GUEST_MARGIN;
-    let mut cancelled: Option<Fault> = None;
+    let mut cancelled: Option<Ending> = None;
     loop {
         // A guest that talks on without an end is not listened to for longer than this.
         let now = Instant::now();
         if now >= life_end || (cancelled.is_some() && now >= deadline) {
-            return Ok(ended(cancelled.unwrap_or(Fault::TtlExpired), 137));
+            return Ok(ended_by(cancelled.unwrap_or(Ending::TtlExpired), 137));
         }
         let event = tokio::select! {
             biased;
-            fault = cancel.asked(), if cancelled.is_none() => {
-                cancelled = Some(fault);
+            ending = cancel.asked(), if cancelled.is_none() => {
+                cancelled = Some(ending);
                 deadline = Instant::now() + CANCEL_GRACE;
                 process.signal(Signal::TERM);
                 continue;
@@ -187,7 +183,7 @@ async fn conduct(
             // What has come is taken before anybody looks at the clock.
             event = process.next() => event,
             () = tokio::time::sleep_until(deadline.into()) => {
-                return Ok(cancelled.map_or_else(|| timed_out(limit), |fault| ended(fault, 137)));
+                return Ok(cancelled.map_or_else(|| timed_out(limit), |ending| ended_by(ending, 137)));
             }
         };
         match event {
@@ -197,11 +193,11 @@ async fn conduct(
                     biased;
                     taken = sink.take(chunk) => taken?,
                     // The reader holds up; a cancellation and the end of the machine's life are not held up with it.
-                    fault = cancel.asked(), if cancelled.is_none() => {
-                        return Ok(ended(fault, 137));
+                    ending = cancel.asked(), if cancelled.is_none() => {
+                        return Ok(ended_by(ending, 137));
                     }
                     () = tokio::time::sleep_until(life_end.into()) => {
-                        return Ok(ended(Fault::TtlExpired, 124));
+                        return Ok(ended_by(Ending::TtlExpired, 124));
                     }
                 }
                 // The time that the reader took is not the guest's to answer for.
@@ -211,7 +207,7 @@ async fn conduct(
             }
             Ok(Event::Exited(exited)) => {
                 return Ok(match cancelled {
-                    Some(fault) => ended(fault, exit_code(&exited)),
+                    Some(ending) => ended_by(ending, exit_code(&exited)),
                     None => exited_outcome(&exited, limit),
                 });
             }
@@ -222,7 +218,7 @@ async fn conduct(
                 if tokio::time::timeout(EXIT_GRACE, machine.wait()).await.is_err() {
                     return Err(unknown(&status));
                 }
-                return Ok(ended(cancelled.unwrap_or(Fault::GuestLost), 137));
+                return Ok(ended_by(cancelled.unwrap_or(Ending::GuestLost), 137));
             }
         }
     }
@@ -254,7 +250,7 @@ fn exit_code(exited: &pyro_proto::ExecExited) -> i32 {
 
 fn timed_out(limit: Limit) -> Outcome {
     if limit.life_is_shorter() {
-        return ended(Fault::TtlExpired, 124);
+        return ended_by(Ending::TtlExpired, 124);
     }
     let words = Some(format!("command timed out after {}s\n", limit.asked));
     Outcome { exit_code: 124, fault: Some(Fault::Timeout), words }
@@ -271,15 +267,9 @@ fn refused_outcome(refused: &pyro_proto::ExecRefused) -> Outcome {
 }
 
 /// The end of a command that something else has ended.
-pub(crate) fn ended(fault: Fault, exit_code: i32) -> Outcome {
-    let words = match fault {
-        Fault::TtlExpired => "command ended: the machine's time is up\n",
-        Fault::Cancelled => "command ended: it was cancelled\n",
-        Fault::GuestLost => "command ended: the guest is gone\n",
-        Fault::DiskFull => "command ended: the disk of the host is full\n",
-        Fault::Timeout | Fault::OutOfMemory | Fault::OutputLimit => "command ended\n",
-    };
-    Outcome { exit_code, fault: Some(fault), words: Some(words.to_owned()) }
+pub(crate) fn ended_by(ending: Ending, exit_code: i32) -> Outcome {
+    let words = format!("command ended: {ending}\n");
+    Outcome { exit_code, fault: Some(ending.fault()), words: Some(words) }
 }
 
 /// What the agent or the protocol refused before anything ran.

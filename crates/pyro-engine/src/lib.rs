@@ -22,6 +22,7 @@ mod capture;
 #[cfg(test)]
 mod conformance;
 mod diagnosis;
+mod ending;
 mod engine;
 mod environment;
 mod error;
@@ -33,6 +34,8 @@ mod host;
 mod live;
 mod lock;
 mod observe;
+mod owner;
+mod place;
 mod record;
 mod registry;
 mod spare;

@@ -1,6 +1,5 @@
 //! A machine that runs, and the lease under which one of this process's own runs.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,12 +10,11 @@ use pyro_vmm::{
     Channel, DiskCache, Driver, Isolation, LaunchError, Machine, MachineExit, MachineSpec, Snapshot, Vmm,
 };
 
-use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, chain};
 use crate::files;
 use crate::guest::{Guest, Identity};
+use crate::place::Place;
 use crate::registry::{Lease, Registry};
-use crate::spec::VmSpec;
 use crate::template::NO_TEMPLATE;
 
 /// How long a guest may take to answer after its VMM runs. A cold boot in software emulation takes one to two
@@ -173,23 +171,6 @@ impl Running {
         if self.restored { "restored" } else { "cold" }
     }
 
-    /// Writes down how it is confined, and why it has booted if it might have been restored.
-    pub(crate) fn describe(&self, metadata: &mut BTreeMap<String, String>) {
-        Self::forget_in(metadata);
-        metadata.insert("confinement".to_owned(), self.machine.confinement().to_string());
-        if self.machine.confinement().is_unconfined() {
-            metadata.insert("unconfined_vmm".to_owned(), "true".to_owned());
-        }
-        metadata.extend(self.cold_reason.clone().map(|reason| ("cold_reason".to_owned(), reason)));
-    }
-
-    /// Removes what [`Running::describe`] has written.
-    pub(crate) fn forget_in(metadata: &mut BTreeMap<String, String>) {
-        for key in ["confinement", "unconfined_vmm", "cold_reason"] {
-            metadata.remove(key);
-        }
-    }
-
     /// What somebody should know of its start: that there was no template is the ordinary reason to boot.
     pub(crate) fn warning(&self) -> Option<&str> {
         self.cold_reason.as_deref().filter(|reason| *reason != NO_TEMPLATE)
@@ -233,100 +214,45 @@ fn execution_mode(vmm: &Driver) -> &'static str {
 pub(crate) struct Live {
     registry: Arc<Registry>,
     lease: Option<Lease>,
-    running: Option<Running>,
+    pub(crate) place: Place,
 }
 
 impl Live {
     /// Takes over a lease.
     pub(crate) fn new(registry: Arc<Registry>, lease: Lease) -> Self {
-        Self { registry, lease: Some(lease), running: None }
+        Self { registry, lease: Some(lease), place: Place::None }
     }
 
-    /// Takes over a lease for commands on the host.
-    pub(crate) fn on_host(registry: Arc<Registry>, lease: Lease) -> Result<Self, Error> {
-        let live = Self { registry, lease: Some(lease), running: None };
-        live.move_to_host()?;
-        Ok(live)
-    }
-
-    /// Makes the directory that commands on the host may use.
-    pub(crate) fn move_to_host(&self) -> Result<(), Error> {
-        match fs_err::create_dir(self.workspace()) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                Err(Error::host("the workspace", &error))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// The working directory of commands on the host.
-    pub(crate) fn workspace(&self) -> PathBuf {
-        self.lease.as_ref().map(|lease| lease.dir.join("workspace")).unwrap_or_default()
-    }
-
-    pub(crate) fn running(&self) -> Option<&Running> {
-        self.running.as_ref()
+    /// The machine's directory.
+    pub(crate) fn dir(&self) -> PathBuf {
+        self.lease.as_ref().map(|lease| lease.dir.clone()).unwrap_or_default()
     }
 
     /// Whether its guest runs.
     pub(crate) fn lives(&self) -> bool {
-        self.running.as_ref().is_some_and(|running| running.machine.memory_usage().is_some())
-    }
-
-    /// Boots the machine and waits for its agent.
-    pub(crate) async fn start(
-        &mut self,
-        engine: &Engine,
-        environment: &Environment,
-        spec: &VmSpec,
-    ) -> Result<StartTimes, Error> {
-        let lease = self.lease.as_ref().ok_or_else(|| unavailable("the machine is gone"))?;
-        let has_disk = lease.dir.join(OVERLAY).exists();
-        let blank = engine.inner.store.overlay_template(spec.disk_mib)?;
-        let boot = Boot {
-            dir: lease.dir.clone(),
-            environment,
-            vcpus: spec.vcpu_count,
-            memory_mib: spec.mem_mib,
-            disk: DiskCache::Unsafe,
-            fresh: (!has_disk).then_some(Fresh { blank: &blank, disk_mib: spec.disk_mib, cold: spec.cold }),
-            identity: Identity::fresh(&lease.id)?,
-        };
-        let (running, times) = engine.boot(&boot, spec.require_isolation).await?;
-        self.running = Some(running);
-        Ok(times)
-    }
-
-    /// Powers the guest off cleanly; its disk stays.
-    pub(crate) async fn stop(&mut self) {
-        if let Some(running) = self.running.take() {
-            running.power_off().await;
-        }
+        matches!(&self.place, Place::Guest(running) if running.machine.memory_usage().is_some())
     }
 
     /// Ends the machine at once and removes every trace.
     pub(crate) async fn remove(mut self) -> Result<(), Error> {
-        self.kill().await;
+        self.place.kill().await;
         self.lease.take().map_or(Ok(()), |lease| self.registry.remove(lease))
     }
 
     /// As [`Live::remove`], because its time is up.
     pub(crate) async fn expire(mut self) -> Result<(), Error> {
-        self.kill().await;
+        self.place.kill().await;
         self.lease.take().map_or(Ok(()), |lease| self.registry.expire(lease))
-    }
-
-    async fn kill(&mut self) {
-        if let Some(running) = self.running.take() {
-            running.machine.kill().await;
-        }
     }
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
-        // Dropping the machine kills the VMM; its files may then go although it has not been reaped yet.
-        self.running = None;
+        // A command may still hold the guest, so dropping the place would not end it. The files may go although the VMM
+        // has not been reaped yet.
+        if let Place::Guest(running) = std::mem::take(&mut self.place) {
+            running.machine.kill_at_once();
+        }
         if let Some(lease) = self.lease.take() {
             // What cannot be removed now is found by the next sweep, once the lock is free.
             drop(self.registry.remove(lease));

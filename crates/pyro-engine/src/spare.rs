@@ -4,7 +4,7 @@
 //! Nobody has used it, and it has an identity of its own. It takes the last free slot from nobody, and makes room for a
 //! machine that is asked for.
 
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use pyro_image::Environment;
@@ -12,9 +12,10 @@ use pyro_image::Environment;
 use crate::engine::Engine;
 use crate::execute::Cancel;
 use crate::observe::Observer;
+use crate::place::Terms;
 use crate::registry::now;
 use crate::spec::{Command, ExecSpec, VmSpec};
-use crate::vm::{Admitted, execute};
+use crate::vm::{Admitted, Machines, execute};
 
 /// How long a spare waits for somebody to use it.
 const IDLE: Duration = Duration::from_secs(600);
@@ -34,11 +35,13 @@ pub(crate) struct Slot {
 }
 
 /// Says that none is in the making any more.
-struct Making<'a>(&'a Engine);
+struct Making(Weak<Machines>);
 
-impl Drop for Making<'_> {
+impl Drop for Making {
     fn drop(&mut self) {
-        self.0.slot().in_the_making = false;
+        if let Some(machines) = self.0.upgrade() {
+            machines.slot().in_the_making = false;
+        }
     }
 }
 
@@ -47,7 +50,7 @@ impl Engine {
     pub(crate) fn take_spare(&self, spec: &VmSpec, environment: &Environment) -> Option<Admitted> {
         let spare = self.slot().spare.take_if(|spare| {
             spare.admitted.live.lives()
-                && like(&spare.spec, spec)
+                && spare.serves(spec)
                 && spare.admitted.environment.as_ref().is_some_and(|its| {
                     its.digest == environment.digest && its.kernel_digest == environment.kernel_digest
                 })
@@ -65,37 +68,38 @@ impl Engine {
 
     /// Ends the spare; whether there was one. Its slot is free when this returns.
     pub(crate) fn end_spare(&self) -> bool {
-        self.slot().spare.take().is_some()
+        self.machines.end_spare()
     }
 
     /// Makes a spare for the next machine of this description, in its own time.
     pub(crate) fn keep_spare(&self, spec: &VmSpec) {
-        if !self.inner.config.spare || spec.cold || spec.require_isolation.is_some() {
+        if !self.inner.config.spare || spec.cold {
             return;
         }
         let mut slot = self.slot();
-        if slot.in_the_making || slot.spare.as_ref().is_some_and(|spare| like(&spare.spec, spec)) {
+        if slot.in_the_making || slot.spare.as_ref().is_some_and(|spare| spare.serves(spec)) {
             return;
         }
         slot.in_the_making = true;
         drop(slot);
-        let (inner, spec) = (std::sync::Arc::downgrade(&self.inner), spec.clone());
+        let (worker, machines, spec) = (self.worker(), Arc::downgrade(&self.machines), spec.clone());
         drop(tokio::spawn(async move {
-            let Some(inner) = inner.upgrade() else { return };
-            let engine = Self { inner };
-            let making = Making(&engine);
-            engine.end_spare();
-            let made = engine.make_spare(&spec).await;
+            let making = Making(machines.clone());
+            if let Some(machines) = machines.upgrade() {
+                machines.end_spare();
+            }
+            let made = worker.make_spare(&spec).await;
             drop(making);
             let Some(admitted) = made else { return };
             let id = admitted.record.vm_id.clone();
-            engine.slot().spare = Some(Spare { admitted, spec });
-            let inner = std::sync::Arc::downgrade(&engine.inner);
-            drop(engine);
+            {
+                // Without an engine the new spare ends here.
+                let Some(machines) = machines.upgrade() else { return };
+                machines.slot().spare = Some(Spare { admitted, spec });
+            }
             tokio::time::sleep(IDLE).await;
-            let Some(inner) = inner.upgrade() else { return };
-            let engine = Self { inner };
-            let idle = engine.slot().spare.take_if(|spare| spare.admitted.record.vm_id == id);
+            let Some(machines) = machines.upgrade() else { return };
+            let idle = machines.slot().spare.take_if(|spare| spare.admitted.record.vm_id == id);
             if let Some(spare) = idle {
                 drop(spare.admitted.live.remove().await);
             }
@@ -114,14 +118,35 @@ impl Engine {
         let mut admitted = self.admit(&spec, &Observer::none()).await.ok()?;
         let Admitted { record, environment, live } = &mut admitted;
         self.start_live(&spec, record, environment.as_ref(), live).await.ok()?;
-        live.running()?;
+        if !live.lives() {
+            return None;
+        }
         let warm = ExecSpec::new(Command::argv(["true"]));
-        execute(live, record, warm, &Observer::none(), Cancel::default()).await.ok()?;
+        execute(&live.place, record, warm, &Observer::none(), Cancel::default()).await.ok()?;
         Some(admitted)
     }
 
     fn slot(&self) -> MutexGuard<'_, Slot> {
-        self.inner.spare.lock().unwrap_or_else(PoisonError::into_inner)
+        self.machines.slot()
+    }
+}
+
+impl Machines {
+    fn slot(&self) -> MutexGuard<'_, Slot> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end_spare(&self) -> bool {
+        // It ends once the lock is free again.
+        let spare = self.slot().spare.take();
+        spare.is_some()
+    }
+}
+
+impl Spare {
+    /// Whether it serves a caller who asks for this.
+    fn serves(&self, spec: &VmSpec) -> bool {
+        like(&self.spec, spec) && Terms::of(spec).check(&self.admitted.live.place).is_ok()
     }
 }
 
@@ -134,38 +159,56 @@ fn like(one: &VmSpec, other: &VmSpec) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::path::PathBuf;
     use std::time::Instant;
+
+    use pyro_vmm::Isolation;
 
     use super::*;
     use crate::engine::EngineConfig;
 
-    /// An engine that keeps a spare, on the environments of the tests.
-    fn engine(test: &str, cap: u32) -> Option<(tempfile::TempDir, Engine)> {
-        let Some(cache_dir) = std::env::var_os("PYRO_TEST_ENVIRONMENTS").map(PathBuf::from) else {
-            println!("skipped: {test}: PYRO_TEST_ENVIRONMENTS is not set");
-            return None;
-        };
-        let state = tempfile::tempdir().expect("a directory");
-        let config = EngineConfig {
-            state_dir: state.path().join("state"),
+    pub(crate) fn config(state: &tempfile::TempDir, cache_dir: PathBuf, cap: u32) -> EngineConfig {
+        EngineConfig {
+            state_dir: state.path().to_owned(),
             cache_dir,
             apt_sources: None,
             tool_path: std::env::var_os("PATH").unwrap_or_default(),
             backend: None,
             firecracker: None,
             template_limit_mib: 4096,
-            spare: true,
+            spare: false,
             unconfined_vmm: false,
             max_active_vms: cap,
             max_ttl_seconds: 3600,
             supervisor: None,
+        }
+    }
+
+    /// An engine on the environments of the tests.
+    pub(crate) fn engine(test: &str, cap: u32) -> Option<(tempfile::TempDir, Engine)> {
+        engine_with(test, |state, cache_dir| config(state, cache_dir, cap))
+    }
+
+    /// The same, which keeps a spare.
+    fn engine_with_spare(test: &str, cap: u32) -> Option<(tempfile::TempDir, Engine)> {
+        engine_with(test, |state, cache_dir| EngineConfig { spare: true, ..config(state, cache_dir, cap) })
+    }
+
+    fn engine_with(
+        test: &str,
+        config: impl FnOnce(&tempfile::TempDir, PathBuf) -> EngineConfig,
+    ) -> Option<(tempfile::TempDir, Engine)> {
+        let Some(cache_dir) = std::env::var_os("PYRO_TEST_ENVIRONMENTS").map(PathBuf::from) else {
+            println!("skipped: {test}: PYRO_TEST_ENVIRONMENTS is not set");
+            return None;
         };
+        let state = tempfile::tempdir().expect("a directory");
+        let config = config(&state, cache_dir);
         Some((state, Engine::open(config).expect("opened")))
     }
 
-    fn spec() -> VmSpec {
+    pub(crate) fn spec() -> VmSpec {
         VmSpec { mem_mib: 512, ..VmSpec::new("debian:12") }
     }
 
@@ -189,7 +232,8 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn the_next_command_gets_the_spare_and_another_kind_does_not() {
-        let Some((_state, engine)) = engine("the_next_command_gets_the_spare_and_another_kind_does_not", 4)
+        let Some((_state, engine)) =
+            engine_with_spare("the_next_command_gets_the_spare_and_another_kind_does_not", 4)
         else {
             return;
         };
@@ -209,7 +253,10 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_spare_makes_room_and_ends_with_its_engine() {
-        let Some((state, engine)) = engine("a_spare_makes_room_and_ends_with_its_engine", 2) else { return };
+        let Some((state, engine)) = engine_with_spare("a_spare_makes_room_and_ends_with_its_engine", 2)
+        else {
+            return;
+        };
         hostname(&engine, spec()).await;
         waiting(&engine).await;
         let machines = [(); 2].map(|()| engine.create_vm(spec(), Observer::none()));
@@ -219,6 +266,24 @@ mod tests {
         let refused = engine.create_vm(spec(), Observer::none()).await.expect_err("full");
         assert_eq!(refused.to_string(), "max active VMs reached (2); delete old VMs first");
         drop(engine);
-        assert_eq!(fs_err::read_dir(state.path().join("state/vms")).expect("there").count(), 0);
+        assert_eq!(fs_err::read_dir(state.path().join("vms")).expect("there").count(), 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_spare_that_isolates_less_than_is_required_is_not_used() {
+        const TEST: &str = "a_spare_that_isolates_less_than_is_required_is_not_used";
+        let Some((_state, engine)) = engine_with_spare(TEST, 4) else { return };
+        hostname(&engine, spec()).await;
+        let spare = waiting(&engine).await;
+        let environment = engine.prepare("debian:12", &Observer::none()).await.expect("installed");
+        let isolation = engine.isolation().expect("a VMM");
+        let require = |tier| VmSpec { require_isolation: Some(tier), ..spec() };
+        for tier in [Isolation::QemuTcg, Isolation::QemuKvm, Isolation::FirecrackerKvm] {
+            if tier > isolation {
+                assert!(engine.take_spare(&require(tier), &environment).is_none(), "{tier}");
+            }
+        }
+        let taken = engine.take_spare(&require(isolation), &environment).expect("it isolates enough");
+        assert_eq!(taken.record.vm_id, spare);
     }
 }

@@ -1,32 +1,53 @@
-//! Machines of one process: made, started, used once, ended. They never outlive the engine that made them.
+//! VMs of one process: made, started, used once, ended. They never outlive the engine that made them.
 
+mod machine;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pyro_image::Environment;
 use pyro_vmm::DiskCache;
-use tokio::sync::watch;
 
-use crate::engine::{Engine, Ground, may_use_host};
+use self::machine::{VmExec, VmMachine};
+use crate::ending::{Ending, Noun};
+use crate::engine::{Engine, Ground};
 use crate::error::{Error, ErrorKind};
-use crate::execute::{Cancel, Limit, Output, Place, Subject, carry_out, millis};
-use crate::live::{Live, Running, StartTimes, unavailable};
+use crate::execute::{Cancel, Limit, Output, Subject, carry_out, millis};
+use crate::guest::Identity;
+use crate::live::{Boot, Fresh, Live, OVERLAY, StartTimes};
 use crate::observe::{Observer, Phase};
-use crate::record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRecord, VmState};
+use crate::owner::{self, Mailbox, Message};
+use crate::place::{Place, Terms};
+use crate::record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRecord};
 use crate::registry::now;
+use crate::spare::Slot;
 use crate::spec::{ExecSpec, VmSpec};
 
-/// A machine of this process.
-#[derive(Debug)]
-pub(crate) struct Vm {
-    spec: VmSpec,
-    record: Mutex<VmRecord>,
-    /// None: no guest can be had, and commands run on the host.
-    environment: Option<Environment>,
-    live: tokio::sync::Mutex<Option<Live>>,
-    /// Ends what holds `live`.
-    cancel: watch::Sender<Option<Fault>>,
+/// The VMs of an engine. Dropping them ends them.
+#[derive(Debug, Default)]
+pub(crate) struct Machines {
+    vms: Mutex<HashMap<String, Arc<Vm>>>,
+    pub(crate) spare: Mutex<Slot>,
 }
+
+/// A VM as its callers hold it. Its owner holds the rest.
+#[derive(Debug)]
+struct Vm {
+    mailbox: Mailbox<VmMachine>,
+    live: Shelf,
+}
+
+/// Where the machine of a VM is between two changes. Its owner alone changes it; whoever drops the machine's last user
+/// takes it from here, and so ends it at once.
+#[derive(Clone, Debug, Default)]
+struct Shelf(Arc<Mutex<Option<Live>>>);
+
+/// Ends what is on a shelf when the future that uses it is dropped.
+#[derive(Default)]
+struct EndOnDrop(Shelf);
 
 /// What comes of an admission: a slot and a directory.
 #[derive(Debug)]
@@ -34,6 +55,30 @@ pub(crate) struct Admitted {
     pub(crate) record: VmRecord,
     pub(crate) environment: Option<Environment>,
     pub(crate) live: Live,
+}
+
+impl Shelf {
+    fn get(&self) -> MutexGuard<'_, Option<Live>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        drop(self.0.get().take());
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        drop(self.live.get().take());
+    }
+}
+
+impl Machines {
+    fn vms(&self) -> MutexGuard<'_, HashMap<String, Arc<Vm>>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Engine {
@@ -53,22 +98,23 @@ impl Engine {
         };
         let prepare = began.elapsed();
         observer.tell(Phase::Start(record.vm_id.clone()));
-        let started = match live.running() {
-            Some(_) => Ok(StartTimes::default()),
-            None => self.start_live(&vm, &mut record, environment.as_ref(), &mut live).await,
-        };
-        let times = match started {
-            Ok(times) => times,
-            Err(error) => {
-                live.remove().await?;
-                return Err(error);
+        let times = if live.place.is_none() {
+            match self.start_live(&vm, &mut record, environment.as_ref(), &mut live).await {
+                Ok(times) => times,
+                Err(error) => {
+                    // What cannot be removed the next sweep finds; the caller is to hear why there is no machine.
+                    drop(live.remove().await);
+                    return Err(error);
+                }
             }
+        } else {
+            StartTimes::default()
         };
-        if let Some(warning) = live.running().and_then(Running::warning) {
+        if let Some(warning) = live.place.warning() {
             observer.tell(Phase::Warning(warning.to_owned()));
         }
         observer.tell(Phase::Execute(record.vm_id.clone()));
-        let result = execute(&live, &record, exec, &observer, Cancel::default()).await;
+        let result = execute(&live.place, &record, exec, &observer, Cancel::default()).await;
         let cleaning = Instant::now();
         let removed = live.remove().await;
         self.keep_spare(&vm);
@@ -95,76 +141,39 @@ impl Engine {
     /// When a value is outside its limits, the cap is reached or the environment cannot be had.
     pub async fn create_vm(&self, spec: VmSpec, observer: Observer) -> Result<VmRecord, Error> {
         let Admitted { record, environment, live } = self.admit(&spec, &observer).await?;
-        let vm = Arc::new(Vm {
-            spec,
-            record: Mutex::new(record.clone()),
-            environment,
-            live: tokio::sync::Mutex::new(Some(live)),
-            cancel: watch::Sender::new(None),
-        });
-        self.vms().insert(record.vm_id.clone(), vm);
-        self.expire_in_time(&record);
+        let life = Duration::from_secs(u64::from(record.ttl_seconds));
+        let shelf = Shelf::default();
+        *shelf.get() = Some(live);
+        let (mailbox, inbox) = owner::mailbox(Ending::Stopped(Noun::Vm), Some(life));
+        let vm = Arc::new(Vm { mailbox, live: shelf.clone() });
+        self.machines.vms().insert(record.vm_id.clone(), vm);
+        let machine = VmMachine::new(self, spec, environment, record.clone(), shelf);
+        drop(tokio::spawn(owner::own(machine, inbox)));
         Ok(record)
     }
 
-    /// Boots a machine that is created or stopped.
+    /// Boots a VM that is created or stopped. The boot goes on when the future is dropped.
     ///
     /// # Errors
-    /// When it is in another state, or does not boot.
+    /// When it is in another state, does not boot, or is stopped or deleted meanwhile.
     pub async fn start_vm(&self, vm_id: &str) -> Result<VmRecord, Error> {
-        let vm = self.own(vm_id)?;
-        let mut live = vm.live.lock().await;
-        let mut record = vm.record();
-        if !record.state.can_start() {
-            let state = record.state.as_str();
-            let text = format!("vm {vm_id} cannot be started from state '{state}'");
-            return Err(Error::new(ErrorKind::WrongState, text));
-        }
-        let machine = live.as_mut().ok_or_else(|| gone(vm_id))?;
-        // Whatever cuts this short, the row says again what the record says.
-        let mut row = Row { engine: self, record: &record.clone(), kept: false };
-        if record.state == VmState::Stopped {
-            self.inner.registry.readmit(self.inner.config.max_active_vms, vm_id)?;
-        }
-        let mut cancel = Cancel::new(vm.cancel.subscribe());
-        let started = tokio::select! {
-            started = self.start_live(&vm.spec, &mut record, vm.environment.as_ref(), machine) => started,
-            _ = cancel.asked() => Err(Error::new(ErrorKind::Cancelled, format!("vm {vm_id} was ended while it started"))),
-        };
-        match &started {
-            Ok(_) => {
-                record.state = VmState::Started;
-                record.last_error = None;
-                row.kept = true;
-            }
-            Err(error) => record.last_error = Some(error.to_string()),
-        }
-        drop(row);
-        self.save(&vm, &record)?;
-        started.map(|_times| record)
+        let started = self.own(vm_id)?.mailbox.start(()).await;
+        started.unwrap_or_else(|| Err(self.gone(vm_id)))
     }
 
-    /// Powers a machine off cleanly; its disk is kept. From any state; a running command is ended.
+    /// Powers a VM off cleanly; its disk is kept. From any state; a running command is ended.
     ///
     /// # Errors
-    /// When there is no such machine.
+    /// When there is no such VM.
     pub async fn stop_vm(&self, vm_id: &str) -> Result<VmRecord, Error> {
-        let vm = self.own(vm_id)?;
-        vm.cancel.send_replace(Some(Fault::Cancelled));
-        let mut live = vm.live.lock().await;
-        vm.cancel.send_replace(None);
-        let machine = live.as_mut().ok_or_else(|| gone(vm_id))?;
-        let mut record = vm.record();
-        record.state = VmState::Stopped;
-        machine.stop().await;
-        self.save(&vm, &record)?;
-        Ok(record)
+        let stopped = self.own(vm_id)?.mailbox.stop(None).await;
+        stopped.unwrap_or_else(|| Err(self.gone(vm_id)))
     }
 
-    /// Runs one command in a started machine, then deletes the machine, whatever came of it.
+    /// Runs one command in a started VM, then deletes the VM, whatever came of it. Dropping the future does the same.
     ///
     /// # Errors
-    /// When the machine is not started, or the connection to it broke.
+    /// When the VM is not started, or the connection to it broke.
     pub async fn exec_vm(
         &self,
         vm_id: &str,
@@ -173,26 +182,10 @@ impl Engine {
     ) -> Result<ExecResult, Error> {
         exec.check()?;
         let vm = self.own(vm_id)?;
-        let mut guard = vm.live.lock().await;
-        let record = vm.record();
-        let Some(live) = guard.take_if(|_| record.state == VmState::Started) else {
-            let text = format!("vm {vm_id} must be in 'started' state before execution");
-            return Err(Error::new(ErrorKind::WrongState, text));
-        };
-        // From here on the machine goes with this future.
-        let forget = Forget { engine: self, vm_id };
-        let result = execute(&live, &record, exec, &observer, Cancel::new(vm.cancel.subscribe())).await;
-        let fault = result.as_ref().ok().and_then(|result| result.fault);
-        let removed =
-            if fault == Some(Fault::TtlExpired) { live.expire().await } else { live.remove().await };
-        drop(forget);
-        let mut result = result?;
-        result.cleanup = Some(Cleanup {
-            vm_id: record.vm_id,
-            deleted: removed.is_ok(),
-            reason: Fault::cleanup_reason(fault),
-        });
-        Ok(result)
+        let used = EndOnDrop::default();
+        let shelf = used.0.clone();
+        let result = vm.mailbox.ask(|reply| Message::Exec(VmExec { exec, observer, shelf, reply })).await;
+        result.unwrap_or_else(|| Err(self.gone(vm_id)))
     }
 
     /// The machine's record.
@@ -222,20 +215,13 @@ impl Engine {
     /// # Errors
     /// When there is no such machine in this process.
     pub async fn delete_vm(&self, vm_id: &str) -> Result<Deleted, Error> {
-        let vm = self.own(vm_id)?;
-        vm.cancel.send_replace(Some(Fault::Cancelled));
-        let forget = Forget { engine: self, vm_id };
-        // None: the command that was ended has taken the machine with it.
-        if let Some(live) = vm.live.lock().await.take() {
-            live.remove().await?;
-        }
-        drop(forget);
+        self.own(vm_id)?.mailbox.remove(Ending::Deleted(Noun::Vm)).await?;
         Ok(Deleted { vm_id: vm_id.to_owned(), deleted: true, reason: "explicit_delete" })
     }
 
-    /// Ends all machines of this process, those with a running command included; tasks live on.
+    /// Ends all VMs of this process, those with a running command included; tasks live on.
     pub async fn end_vms(&self) {
-        let ids: Vec<String> = self.vms().keys().cloned().collect();
+        let ids: Vec<String> = self.machines.vms().keys().cloned().collect();
         for id in ids {
             // One that another call has ended meanwhile is gone; what cannot be removed the next sweep finds.
             drop(self.delete_vm(&id).await);
@@ -280,16 +266,13 @@ impl Engine {
                 Err(error) if error.kind() == ErrorKind::CapReached && engine.end_spare() => admit()?,
                 admitted => admitted?,
             };
-            let live = match &ground {
-                Some(_) => Live::new(Arc::clone(&inner.registry), lease),
-                None => Live::on_host(Arc::clone(&inner.registry), lease)?,
-            };
+            let live = Live::new(Arc::clone(&inner.registry), lease);
             Ok(Admitted { record, environment: ground.map(|(_, environment)| environment), live })
         })
         .await
     }
 
-    /// Boots a machine; where that fails and the caller has opted into the host, the host takes its place.
+    /// Starts a machine that is at hand, and says so in its record.
     pub(crate) async fn start_live(
         &self,
         spec: &VmSpec,
@@ -297,56 +280,48 @@ impl Engine {
         environment: Option<&Environment>,
         live: &mut Live,
     ) -> Result<StartTimes, Error> {
-        let booted = match environment {
-            Some(environment) => live.start(self, environment, spec).await,
-            None => Err(unavailable("no VMM is installed")),
-        };
-        match booted {
-            Ok(times) => {
-                if let Some(running) = live.running() {
-                    running.execution_mode.clone_into(&mut record.execution_mode);
-                    running.isolation.as_str().clone_into(&mut record.isolation);
-                    record.start_mode = Some(running.start_mode().to_owned());
-                    running.describe(&mut record.metadata);
-                }
-                Ok(times)
-            }
-            Err(error) if may_use_host(spec, &error) => {
-                live.move_to_host()?;
-                "host_compat".clone_into(&mut record.execution_mode);
-                record.start_mode = None;
-                Running::forget_in(&mut record.metadata);
-                "none".clone_into(&mut record.isolation);
-                record.metadata.insert("host_compat_reason".to_owned(), error.to_string());
-                Ok(StartTimes::default())
-            }
-            Err(error) => Err(error),
-        }
+        let (place, times) = self.start_in(live.dir(), spec, &record.vm_id, environment).await?;
+        note_place(record, &place);
+        live.place = place;
+        Ok(times)
     }
 
-    /// Ends the machine when its time is up, whether or not anyone calls.
-    fn expire_in_time(&self, record: &VmRecord) {
-        let (engine, id) = (Arc::downgrade(&self.inner), record.vm_id.clone());
-        let life = Duration::from_secs(u64::from(record.ttl_seconds));
-        drop(tokio::spawn(async move {
-            tokio::time::sleep(life).await;
-            let Some(inner) = engine.upgrade() else { return };
-            let engine = Self { inner };
-            let Some(vm) = engine.vms().get(&id).cloned() else { return };
-            vm.cancel.send_replace(Some(Fault::TtlExpired));
-            let live = vm.live.lock().await.take();
-            let forget = Forget { engine: &engine, vm_id: &id };
-            if let Some(live) = live {
-                // A failure here leaves a directory whose lock is free: the next sweep removes it.
-                drop(live.expire().await);
-            }
-            drop(forget);
-        }));
+    /// Starts a VM in its directory.
+    async fn start_in(
+        &self,
+        dir: std::path::PathBuf,
+        spec: &VmSpec,
+        id: &str,
+        environment: Option<&Environment>,
+    ) -> Result<(Place, StartTimes), Error> {
+        let has_disk = dir.join(OVERLAY).exists();
+        let blank = match environment {
+            Some(_) => self.inner.store.overlay_template(spec.disk_mib)?,
+            None => std::path::PathBuf::new(),
+        };
+        let fresh = Fresh { blank: &blank, disk_mib: spec.disk_mib, cold: spec.cold };
+        let identity = Identity::fresh(id)?;
+        let workspace = dir.join("workspace");
+        let boot = environment.map(|environment| Boot {
+            dir,
+            environment,
+            vcpus: spec.vcpu_count,
+            memory_mib: spec.mem_mib,
+            disk: DiskCache::Unsafe,
+            fresh: (!has_disk).then_some(fresh),
+            identity,
+        });
+        self.hand_out(boot, workspace, Terms::of(spec)).await
     }
 
     fn own(&self, vm_id: &str) -> Result<Arc<Vm>, Error> {
-        if let Some(vm) = self.vms().get(vm_id) {
-            return Ok(Arc::clone(vm));
+        {
+            let mut vms = self.machines.vms();
+            match vms.get(vm_id) {
+                Some(vm) if !vm.mailbox.is_closed() => return Ok(Arc::clone(vm)),
+                // The runtime that it belonged to has ended.
+                _ => drop(vms.remove(vm_id)),
+            }
         }
         // It is told apart whether it is unknown, expired, or another process's.
         self.inner.registry.get(vm_id)?;
@@ -354,25 +329,28 @@ impl Engine {
         Err(Error::new(ErrorKind::WrongState, text).hint("use the process that created it"))
     }
 
-    fn vms(&self) -> MutexGuard<'_, std::collections::HashMap<String, Arc<Vm>>> {
-        self.inner.vms.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn save(&self, vm: &Vm, record: &VmRecord) -> Result<(), Error> {
-        vm.record.lock().unwrap_or_else(PoisonError::into_inner).clone_from(record);
-        self.inner.registry.update(record)
+    /// What a caller is told whose VM went away before it came to the call.
+    fn gone(&self, vm_id: &str) -> Error {
+        self.inner.registry.missing("vm", vm_id)
     }
 }
 
-impl Vm {
-    fn record(&self) -> VmRecord {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+/// Puts where a VM's commands run into its record.
+fn note_place(record: &mut VmRecord, place: &Place) {
+    place.describe(&mut record.metadata);
+    if let Some(manner) = place.manner() {
+        manner.execution_mode.clone_into(&mut record.execution_mode);
+        manner.isolation.clone_into(&mut record.isolation);
     }
+    record.start_mode = match place {
+        Place::Guest(running) => Some(running.start_mode().to_owned()),
+        Place::None | Place::Host(_) => None,
+    };
 }
 
-/// Runs a command where the machine's commands run.
+/// Runs a command in a VM. How it ran is told by the place, not by the record.
 pub(crate) async fn execute(
-    live: &Live,
+    place: &Place,
     record: &VmRecord,
     exec: ExecSpec,
     observer: &Observer,
@@ -381,7 +359,7 @@ pub(crate) async fn execute(
     let began = Instant::now();
     let limit = Limit { asked: exec.timeout_seconds, left: record.expires_at - now() };
     let command = exec.command.display();
-    let place = live.running().map_or_else(|| Place::Host(live.workspace()), Place::Guest);
+    let manner = place.manner().ok_or_else(|| not_started(&record.vm_id))?;
     let mut output = Output::new(observer);
     let outcome = carry_out(place, exec, limit, &mut output, cancel).await?;
     let subject = Subject {
@@ -389,41 +367,15 @@ pub(crate) async fn execute(
         task_id: None,
         environment: record.environment.clone(),
         environment_version: record.environment_version.clone(),
-        execution_mode: record.execution_mode.clone(),
-        isolation: record.isolation.clone(),
-        start_mode: record.start_mode.clone().unwrap_or_else(|| "cold".to_owned()),
+        execution_mode: manner.execution_mode.to_owned(),
+        isolation: manner.isolation.to_owned(),
+        start_mode: manner.start_mode.to_owned(),
     };
     Ok(output.result(subject, command, outcome, millis(began.elapsed())).await)
 }
 
-/// Takes a machine out of the map of this process's machines when it is gone.
-struct Forget<'a> {
-    engine: &'a Engine,
-    vm_id: &'a str,
-}
-
-impl Drop for Forget<'_> {
-    fn drop(&mut self) {
-        self.engine.vms().remove(self.vm_id);
-    }
-}
-
-/// Sets a machine's row back to a record unless a start has succeeded.
-struct Row<'a> {
-    engine: &'a Engine,
-    record: &'a VmRecord,
-    kept: bool,
-}
-
-impl Drop for Row<'_> {
-    fn drop(&mut self) {
-        if !self.kept {
-            // The row of a machine that is gone meanwhile is not made again.
-            drop(self.engine.inner.registry.update(self.record));
-        }
-    }
-}
-
-fn gone(vm_id: &str) -> Error {
-    Error::new(ErrorKind::NotFound, format!("vm '{vm_id}' does not exist"))
+/// A VM that is not started has nowhere to run a command.
+fn not_started(vm_id: &str) -> Error {
+    let text = format!("vm {vm_id} must be in 'started' state before execution");
+    Error::new(ErrorKind::WrongState, text)
 }

@@ -117,6 +117,11 @@ impl Machine {
         self.process.wait().await;
     }
 
+    /// Kills the machine and does not wait for its end; its process is reaped in the background.
+    pub fn kill_at_once(&self) {
+        self.process.kill();
+    }
+
     /// Ends the machine kindly: waits up to `grace` for the guest to power itself off, which the caller has
     /// asked it to, then makes the VMM quit, then kills it. It has ended when this returns.
     pub async fn shutdown(&self, grace: Duration) {

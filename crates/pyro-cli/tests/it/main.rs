@@ -6,6 +6,7 @@
 mod backend;
 mod chaos;
 mod doctor;
+mod drops;
 mod failures;
 mod kill;
 mod odd_host;

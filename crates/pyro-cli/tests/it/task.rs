@@ -164,8 +164,36 @@ fn deleting_a_task_ends_its_commands_and_their_callers_get_what_there_is() {
     let output = child.wait_with_output().expect("it ends");
     let result = parse(&output);
     assert_eq!((&result["fault"], &result["stdout"]), (&"cancelled".into(), &"begun\n".into()), "{output:?}");
+    assert_eq!(result["stderr"], "command ended: the task was deleted\n");
     pyro.until("the supervisor is gone", |pyro| pyro.processes().is_empty());
     pyro.assert_empty();
+}
+
+#[test]
+fn a_command_that_a_stop_of_its_task_ends_says_so_and_not_that_it_was_cancelled() {
+    let pyro = Pyro::new();
+    let id = pyro.create();
+    let child = pyro.spawn(&["task", "exec", &id, "--json", "--", "sh", "-c", "echo begun; sleep 99"]);
+    pyro.until("it runs", |pyro| pyro.logs(&id).first().is_some_and(|entry| entry["stdout"] == "begun\n"));
+    pyro.ok(&["task", "stop", &id]);
+    let result = parse(&child.wait_with_output().expect("it ends"));
+    assert_eq!((&result["fault"], &result["stdout"]), (&"cancelled".into(), &"begun\n".into()), "{result}");
+    assert_eq!(result["stderr"], "command ended: the task was stopped\n");
+    let entry = fs::read_to_string(pyro.task_file(&id, "commands/000001.json")).expect("an entry");
+    let entry: serde_json::Value = serde_json::from_str(&entry).expect("an object");
+    assert_eq!(entry["reason"], "command ended: the task was stopped");
+    // Where it ran is in its entry, and stays there when the task starts anew.
+    assert_eq!((&entry["isolation"], &entry["start_mode"]), (&result["isolation"], &result["start_mode"]));
+    pyro.ok(&["task", "start", &id]);
+    let again = pyro.json(&["task", "exec", &id, "--json", "--", "true"]);
+    assert_eq!(
+        (&again["start_mode"], &again["isolation"]),
+        (&"cold".into(), &result["isolation"]),
+        "{again}"
+    );
+    let attached = pyro.json(&["task", "attach", &id, "1", "--json"]);
+    assert_eq!(attached["start_mode"], result["start_mode"], "{attached}");
+    pyro.ok(&["task", "delete", &id]);
 }
 
 #[test]

@@ -3,16 +3,17 @@
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use pyro_vmm::{DiskCache, Driver, MachineSpec, Snapshot, Vmm};
 
 use crate::error::Error;
-use crate::execute::{Cancel, Limit, Outcome, Place, Sink, carry_out};
+use crate::execute::{Cancel, Limit, Outcome, Sink, carry_out};
 use crate::guest::{Chunk, Identity, Stream};
 use crate::live::{OVERLAY, Running, lay_disk, meet};
+use crate::place::Place;
 use crate::spec::{Command, ExecSpec};
 
 /// A machine may be emulated twice over, on a busy host.
@@ -28,7 +29,7 @@ pub(super) struct Bench {
 
 /// A machine and its directory.
 pub(super) struct Guest {
-    pub(super) running: Running,
+    pub(super) running: Arc<Running>,
     pub(super) dir: PathBuf,
 }
 
@@ -105,7 +106,7 @@ impl Bench {
         let isolation = self.driver.capabilities().isolation;
         let (restored, cold_reason) = (false, None);
         let running = Running { machine, guest, execution_mode: "guest", isolation, restored, cold_reason };
-        Guest { running, dir }
+        Guest { running: Arc::new(running), dir }
     }
 }
 
@@ -147,7 +148,8 @@ impl Guest {
     pub(super) async fn run(&self, spec: ExecSpec) -> Done {
         let limit = Limit { asked: spec.timeout_seconds, left: 3600.0 };
         let mut done = Collected::default();
-        let outcome = carry_out(Place::Guest(&self.running), spec, limit, &mut done, Cancel::default()).await;
+        let place = Place::Guest(Arc::clone(&self.running));
+        let outcome = carry_out(&place, spec, limit, &mut done, Cancel::default()).await;
         let outcome =
             outcome.unwrap_or_else(|error| panic!("{error}: {}", self.running.machine.console_tail()));
         Done { stdout: done.stdout, stderr: done.stderr, outcome }

@@ -11,11 +11,12 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::Supervisor;
-use super::body::Body;
 use super::commands::{Handle, Progress};
+use crate::ending::Ending;
 use crate::error::{Error, ErrorKind};
-use crate::execute::{Cancel, Limit, Outcome, Place, Sink, carry_out, ended, millis};
+use crate::execute::{Cancel, Limit, Outcome, Sink, carry_out, ended_by, millis};
 use crate::guest::{Chunk, Stream};
+use crate::place::Place;
 use crate::record::Fault;
 use crate::spec::ExecSpec;
 use crate::task::journal::{EntryStatus, JournalEntry};
@@ -39,21 +40,12 @@ impl Supervisor {
         attached: bool,
     ) -> Result<Events, Error> {
         exec.check()?;
-        let body = self.body().clone();
-        let mode = match &body {
-            Body::None => return Err(not_started(&self.id)),
-            Body::Guest(running) => running.execution_mode,
-            Body::Host => "host_compat",
-        };
+        let place = self.place.borrow().clone();
+        let manner = place.manner().ok_or_else(|| not_started(&self.id))?;
         let (progress, watched) = watch::channel(Progress::default());
         let cancel = watch::Sender::new(None);
         let handle = Handle { progress: watched, cancel: cancel.clone() };
-        let new = NewEntry {
-            command: exec.command.display(),
-            cwd: exec.cwd.clone(),
-            execution_mode: mode.to_owned(),
-            request_id,
-        };
+        let new = NewEntry { command: exec.command.display(), cwd: exec.cwd.clone(), manner, request_id };
         let writer =
             self.commands.begin(handle, async |sequence| self.begin_entry(sequence, new).await).await?;
         let (sender, events) = mpsc::channel(QUEUE);
@@ -69,7 +61,7 @@ impl Supervisor {
             cancel: Cancel::new(cancel.subscribe()),
         };
         let cancel = Cancel::new(cancel.subscribe());
-        drop(tokio::spawn(Arc::clone(self).carry_out(exec, body, sink, cancel)));
+        drop(tokio::spawn(Arc::clone(self).carry_out(exec, place, sink, cancel)));
         // As a rule the guest is sent its command, by that and by its connection, before the caller is told of a number.
         for _ in 0..2 {
             tokio::task::yield_now().await;
@@ -93,7 +85,7 @@ impl Supervisor {
     }
 
     /// Runs a command to its end and writes that down.
-    async fn carry_out(self: Arc<Self>, exec: ExecSpec, body: Body, mut sink: Journaled, cancel: Cancel) {
+    async fn carry_out(self: Arc<Self>, exec: ExecSpec, place: Place, mut sink: Journaled, cancel: Cancel) {
         let began = Instant::now();
         let (journal, sequence) = (self.journal.clone(), sink.writer.entry.sequence);
         let unsettled = Arc::clone(&self.unsettled);
@@ -104,21 +96,12 @@ impl Supervisor {
             drop(tokio::task::spawn_blocking(move || unsettled.prepare()));
         });
         let limit = Limit { asked: exec.timeout_seconds, left: self.file().life_left().as_secs_f64() };
-        let carried_out = match &body {
-            Body::None => Err(not_started(&self.id)),
-            Body::Guest(running) => carry_out(Place::Guest(running), exec, limit, &mut sink, cancel).await,
-            Body::Host => {
-                carry_out(Place::Host(self.directory.workspace()), exec, limit, &mut sink, cancel).await
-            }
-        };
-        let (outcome, reason) = match carried_out {
+        let (outcome, reason) = match carry_out(&place, exec, limit, &mut sink, cancel).await {
             Ok(outcome) => (outcome, None),
             Err(error) => {
-                if let Body::Guest(running) = &body
-                    && error.kind() == ErrorKind::OutcomeUnknown
-                {
+                if error.kind() == ErrorKind::OutcomeUnknown {
                     // A guest that lives and cannot be spoken to is of no use, and may do anything.
-                    running.machine.kill().await;
+                    place.kill().await;
                 }
                 (failed(&error), Some(error.to_string()))
             }
@@ -213,12 +196,12 @@ impl Supervisor {
     }
 
     async fn pass_on(&self, sequence: u64, mut offsets: [u64; 2], caller: &Caller) -> io::Result<()> {
-        let mut runs = self.runs.subscribe();
+        let mut place = self.place.subscribe();
         tokio::select! {
             biased;
             () = self.commands.begun(sequence) => {}
             // A task that is stopped has no next command.
-            _ = runs.wait_for(|runs| !*runs) => return Ok(()),
+            _ = place.wait_for(Place::is_none) => return Ok(()),
         }
         drop(caller.send(Ok(Event { kind: Some(event::Kind::Started(sequence)) })).await);
         let mut progress = self.commands.get(sequence).map(|handle| handle.progress);
@@ -263,7 +246,7 @@ impl Supervisor {
     /// Ends one command; it has ended when this returns.
     pub(super) async fn cancel(&self, sequence: u64) {
         if let Some(mut handle) = self.commands.get(sequence) {
-            handle.cancel.send_replace(Some(Fault::Cancelled));
+            handle.cancel.send_replace(Some(Ending::Cancelled));
             // The sender goes away with the command.
             drop(handle.progress.wait_for(|progress| progress.ended).await);
         }
@@ -325,7 +308,7 @@ fn failed(error: &Error) -> Outcome {
         ErrorKind::CommandRefused => {
             Outcome { exit_code: 126, fault: None, words: Some(format!("{error}\n")) }
         }
-        ErrorKind::HostResources => ended(Fault::DiskFull, 137),
-        _ => ended(Fault::GuestLost, 137),
+        ErrorKind::HostResources => ended_by(Ending::HostDiskFull, 137),
+        _ => ended_by(Ending::GuestLost, 137),
     }
 }

@@ -5,8 +5,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
+use crate::ending::Ending;
 use crate::error::{Error, ErrorKind};
-use crate::record::Fault;
 
 /// Commands of one task at the same time: as many streams as the guest channel keeps apart, less some for other
 /// calls.
@@ -24,14 +24,14 @@ pub(super) struct Progress {
 #[derive(Clone, Debug)]
 pub(super) struct Handle {
     pub(super) progress: watch::Receiver<Progress>,
-    pub(super) cancel: watch::Sender<Option<Fault>>,
+    pub(super) cancel: watch::Sender<Option<Ending>>,
 }
 
 #[derive(Debug, Default)]
 struct Running {
     handles: BTreeMap<u64, Handle>,
     /// All are being ended, and whatever begins now is ended with them.
-    ending: Option<Fault>,
+    ending: Option<Ending>,
 }
 
 /// All commands that run.
@@ -100,12 +100,12 @@ impl Commands {
     }
 
     /// Asks all commands to end, and waits until they have: each gives up by itself in bounded time.
-    pub(super) async fn end_all(&self, fault: Fault) {
+    pub(super) async fn end_all(&self, ending: Ending) {
         {
             let mut running = self.running();
-            running.ending = Some(fault);
+            running.ending = Some(ending);
             for handle in running.handles.values() {
-                handle.cancel.send_replace(Some(fault));
+                handle.cancel.send_replace(Some(ending));
             }
         }
         drop(self.count.subscribe().wait_for(|count| *count == 0).await);

@@ -8,12 +8,13 @@
 //! ```
 //!
 //! It holds the lock of the task's directory for life, so that a free lock means that it is gone; the VMM dies with
-//! it. One lock (`gate`) makes starts, stops and removals happen one after another. Commands run at the same time.
+//! it. The task's owner (`crate::owner`) does starts, stops and the removal, one after another. Commands run at the same
+//! time.
 
-mod body;
 mod clock;
 mod command;
 mod commands;
+mod machine;
 mod serve;
 mod unsettled;
 
@@ -23,17 +24,19 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use pyro_image::Environment;
 use tokio::sync::watch;
 
-use self::body::Body;
 use self::commands::Commands;
+use self::machine::TaskMachine;
 use self::unsettled::Unsettled;
+use crate::ending::{Ending, Noun};
 use crate::engine::{Engine, EngineConfig};
-use crate::error::Error;
-use crate::record::{Fault, VmState};
+use crate::error::{Error, ErrorKind};
+use crate::owner::{self, Mailbox};
+use crate::place::Place;
+use crate::record::VmState;
 use crate::task::journal::Journal;
 use crate::task::{CONTROL_FD, Kind, LOCK_FD, READY_FD, Report, TaskDirectory, TaskFile, read_order};
 
@@ -54,13 +57,10 @@ pub(crate) struct Supervisor {
     file: Mutex<TaskFile>,
     /// Kept installed for as long as the task's disk lies upon it; none for a task on the host.
     environment: Option<Environment>,
-    body: Mutex<Body>,
+    /// Where commands run now. Only the owner changes it.
+    place: watch::Sender<Place>,
     commands: Commands,
-    /// Held over each change of `body`.
-    gate: tokio::sync::Mutex<()>,
-    lock: Mutex<Option<File>>,
-    /// Whether commands can be run now.
-    runs: watch::Sender<bool>,
+    owner: Mailbox<TaskMachine>,
     /// Boot the guest of a new task, also where there is a template.
     cold: bool,
     /// True once the task is gone.
@@ -77,21 +77,23 @@ pub async fn supervise() -> io::Result<()> {
     let (kind, id) = (order.kind, order.file.task_id.clone());
     let config = EngineConfig::from(order.config);
     let state_dir = config.state_dir.clone();
-    let supervisor = match Supervisor::open(config, order.file, order.cold, lock).await {
-        Ok(supervisor) => Arc::new(supervisor),
+    let supervisor = match Supervisor::open(config, order.file, order.cold, lock) {
+        Ok(supervisor) => supervisor,
         Err((error, lock)) => {
             abandon(&state_dir, &id, kind, lock);
             return report(ready, &failed(&error));
         }
     };
-    let up = supervisor.boot().await;
+    let up = supervisor.start(None).await;
     let told = match &up {
         Ok(()) => report(ready, &Report::Ready),
         Err(error) => report(ready, &failed(error)),
     };
     if up.is_err() || (told.is_err() && kind == Kind::Create) {
-        // It did not come up, or whoever asked for it is gone: it never was.
-        supervisor.clone().give_up(kind).await;
+        if kind == Kind::Create {
+            // It did not come up, or its maker is gone: nothing of it stays. What cannot be removed the next sweep finds.
+            drop(supervisor.owner.remove(Ending::Cancelled).await);
+        }
         return Ok(());
     }
     serve::until_gone(supervisor, listener).await
@@ -133,18 +135,20 @@ fn take_over() -> Handed {
 }
 
 impl Supervisor {
-    async fn open(
+    /// Makes the supervisor and its owner. On failure the lock comes back.
+    fn open(
         config: EngineConfig,
         file: TaskFile,
         cold: bool,
         lock: File,
-    ) -> Result<Self, (Error, File)> {
-        let opened = Self::prepare(config, &file);
-        let (engine, directory, environment, last) = match opened {
+    ) -> Result<Arc<Self>, (Error, File)> {
+        let (engine, directory, environment, last) = match Self::prepare(config, &file) {
             Ok(opened) => opened,
             Err(error) => return Err((error, lock)),
         };
-        Ok(Self {
+        // Its life ends by the boot clock, which runs on while the host sleeps: see `serve`.
+        let (owner, inbox) = owner::mailbox(Ending::Stopped(Noun::Task), None);
+        let supervisor = Arc::new(Self {
             engine,
             id: file.task_id.clone(),
             journal: directory.journal(),
@@ -152,14 +156,15 @@ impl Supervisor {
             directory,
             file: Mutex::new(file),
             environment,
-            body: Mutex::new(Body::None),
+            place: watch::Sender::new(Place::None),
             commands: Commands::after(last),
-            gate: tokio::sync::Mutex::new(()),
-            lock: Mutex::new(Some(lock)),
-            runs: watch::Sender::new(false),
+            owner,
             cold,
             gone: watch::Sender::new(false),
-        })
+        });
+        let machine = TaskMachine::new(Arc::clone(&supervisor), lock);
+        drop(tokio::spawn(owner::own(machine, inbox)));
+        Ok(supervisor)
     }
 
     fn prepare(
@@ -190,54 +195,24 @@ impl Supervisor {
         self.engine.inner.registry.set_task_state(&self.id, state)
     }
 
-    /// Takes back what did not come up.
-    async fn give_up(self: Arc<Self>, kind: Kind) {
-        match kind {
-            Kind::Create => drop(self.remove(Fault::Cancelled, false).await),
-            Kind::Start => {
-                self.take_body().end().await;
-                drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner).take());
-            }
-        }
+    /// Starts the guest; with a cap, a slot is taken for it first.
+    async fn start(&self, cap: Option<u32>) -> Result<(), Error> {
+        self.owner.start(cap).await.unwrap_or_else(|| Err(self.missing()))
     }
 
-    /// Ends all commands and removes every trace of the task.
-    async fn remove(self: &Arc<Self>, fault: Fault, expired: bool) -> Result<(), Error> {
-        let _gate = self.gate.lock().await;
-        // Nothing begins any more; what runs has its guest until it has ended.
-        let body = self.take_body();
-        self.commands.end_all(fault).await;
-        body.end().await;
-        let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // None: somebody else has removed it meanwhile, which is what was asked for.
-        if let Some(lock) = lock {
-            let supervisor = Arc::clone(self);
-            let again = lock.try_clone();
-            let removed = self
-                .engine
-                .blocking(move || {
-                    let registry = &supervisor.engine.inner.registry;
-                    if expired {
-                        registry.expire_task(&supervisor.id, lock)
-                    } else {
-                        registry.remove_task(&supervisor.id, lock)
-                    }
-                })
-                .await;
-            if let Err(error) = removed {
-                *self.lock.lock().unwrap_or_else(PoisonError::into_inner) = again.ok();
-                return Err(error);
-            }
-        }
-        self.gone.send_replace(true);
-        Ok(())
+    /// Ends all commands and powers the guest off; the disk is kept.
+    async fn stop(&self, why: Option<&'static str>) -> Result<(), Error> {
+        self.owner.stop(why).await.unwrap_or_else(|| Err(self.missing()))
+    }
+
+    fn missing(&self) -> Error {
+        Error::new(ErrorKind::NotFound, format!("task '{}' does not exist", self.id))
     }
 
     /// Waits for a moment in which a full disk may have room again, which has no event; false once the task is gone.
     async fn may_have_room(&self) -> bool {
-        const AGAIN: Duration = Duration::from_secs(2);
         let mut gone = self.gone.subscribe();
-        tokio::time::timeout(AGAIN, gone.wait_for(|gone| *gone)).await.is_err()
+        tokio::time::timeout(machine::AGAIN, gone.wait_for(|gone| *gone)).await.is_err()
     }
 
     fn state(&self) -> VmState {
@@ -246,9 +221,5 @@ impl Supervisor {
 
     fn file(&self) -> MutexGuard<'_, TaskFile> {
         self.file.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn body(&self) -> MutexGuard<'_, Body> {
-        self.body.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -18,7 +18,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::Supervisor;
 use super::command::Events;
-use crate::record::Fault;
+use crate::ending::{Ending, Noun};
 use crate::spec::{Command, ExecSpec};
 use crate::task::supervisor_proto::supervisor_server::{Supervisor as Service, SupervisorServer};
 use crate::task::supervisor_proto::{
@@ -57,7 +57,7 @@ pub(super) async fn until_gone(supervisor: Arc<Supervisor>, listener: UnixListen
             Some(_) = connections.join_next() => {}
             over = life.readable() => {
                 over?.retain_ready();
-                let removed = supervisor.remove(Fault::TtlExpired, true).await;
+                let removed = supervisor.owner.remove(Ending::TtlExpired).await;
                 if let Err(error) = removed {
                     complain(&format!("the task's time is up, and it cannot be removed: {error}"));
                     return Ok(());
@@ -165,18 +165,15 @@ impl Service for Calls {
     }
 
     async fn start(&self, request: Request<StartRequest>) -> Result<Response<Done>, Status> {
-        let (supervisor, cap) = (Arc::clone(&self.0), request.into_inner().cap);
-        on_its_own(async move { supervisor.start(cap).await }).await.map(done)
+        done(self.0.start(Some(request.into_inner().cap)).await)
     }
 
     async fn stop(&self, _: Request<StopRequest>) -> Result<Response<Done>, Status> {
-        let supervisor = Arc::clone(&self.0);
-        on_its_own(async move { supervisor.stop(None).await }).await.map(done)
+        done(self.0.stop(None).await)
     }
 
     async fn delete(&self, _: Request<DeleteRequest>) -> Result<Response<Done>, Status> {
-        let supervisor = Arc::clone(&self.0);
-        on_its_own(async move { supervisor.remove(Fault::Cancelled, false).await }).await.map(done)
+        done(self.0.owner.remove(Ending::Deleted(Noun::Task)).await)
     }
 }
 
@@ -190,8 +187,8 @@ async fn on_its_own<T: Send + 'static>(
     }
 }
 
-fn done((): ()) -> Response<Done> {
-    Response::new(Done {})
+fn done(done: Result<(), crate::Error>) -> Result<Response<Done>, Status> {
+    done.map(|()| Response::new(Done {})).map_err(|error| to_status(&error))
 }
 
 /// The bytes of a caller's stdin; it ends when the caller says so, or goes away.

@@ -16,11 +16,11 @@ use super::record::Detached;
 use super::{EntryStatus, Found, JournalEntry, TaskFile, not_started};
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind};
-use crate::execute::{Outcome, Output, Sink, Subject, ended};
+use crate::execute::{Outcome, Output, Sink, Subject};
 use crate::files;
 use crate::guest::{Chunk, Stream};
 use crate::observe::{Observer, Phase};
-use crate::record::{ExecResult, Fault};
+use crate::record::ExecResult;
 use crate::registry::{TaskLock, is_id};
 use crate::spec::{Command, ExecSpec};
 
@@ -313,16 +313,18 @@ async fn result(
 ) -> ExecResult {
     let of =
         |field: fn(&TaskFile) -> &String| file.as_ref().map_or_else(String::new, |file| field(file).clone());
+    // The entry tells where the command ran; the task may have started anew since. Only an older pyro left it empty.
+    let ran = |told: String, field| if told.is_empty() { of(field) } else { told };
     let subject = Subject {
         vm_id: None,
         task_id: Some(task_id.to_owned()),
         environment: of(|file| &file.environment),
         environment_version: of(|file| &file.environment_version),
         execution_mode: entry.execution_mode.clone(),
-        isolation: of(|file| &file.isolation),
-        start_mode: of(|file| &file.start_mode),
+        isolation: ran(entry.isolation, |file| &file.isolation),
+        start_mode: ran(entry.start_mode, |file| &file.start_mode),
     };
-    let exit_code = entry.exit_code.unwrap_or_else(|| ended(Fault::GuestLost, 137).exit_code);
+    let exit_code = entry.exit_code.unwrap_or(137);
     // Whatever there is to say is at the end of stderr already.
     let outcome = Outcome { exit_code, fault: entry.fault, words: None };
     let mut result =

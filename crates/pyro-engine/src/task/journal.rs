@@ -59,6 +59,12 @@ pub struct JournalEntry {
     pub exit_code: Option<i32>,
     pub duration_ms: Option<f64>,
     pub execution_mode: String,
+    /// How strongly the machine isolated it; empty in entries of an older pyro.
+    #[serde(default)]
+    pub isolation: String,
+    /// How its guest had started, `cold` or `restored`; empty in entries of an older pyro.
+    #[serde(default)]
+    pub start_mode: String,
     pub stdout_file: String,
     pub stderr_file: String,
     pub started_at: f64,
@@ -205,6 +211,8 @@ impl Journal {
             exit_code: None,
             duration_ms: None,
             execution_mode: String::new(),
+            isolation: String::new(),
+            start_mode: String::new(),
             stdout_file: format!("{sequence:06}.stdout"),
             stderr_file: format!("{sequence:06}.stderr"),
             started_at: 0.0,

@@ -19,6 +19,7 @@ use super::journal::{EntryStatus, Journal, JournalEntry, MOST_ENTRY, STREAM_LIMI
 use super::starts::{self, Slot, Starts};
 use crate::files;
 use crate::guest::Stream;
+use crate::place::Manner;
 use crate::record::Fault;
 use crate::registry::now;
 
@@ -27,7 +28,7 @@ use crate::registry::now;
 pub(crate) struct NewEntry {
     pub(crate) command: String,
     pub(crate) cwd: String,
-    pub(crate) execution_mode: String,
+    pub(crate) manner: Manner,
     pub(crate) request_id: String,
 }
 
@@ -65,7 +66,9 @@ impl Journal {
             status: EntryStatus::Running,
             exit_code: None,
             duration_ms: None,
-            execution_mode: new.execution_mode,
+            execution_mode: new.manner.execution_mode.to_owned(),
+            isolation: new.manner.isolation.to_owned(),
+            start_mode: new.manner.start_mode.to_owned(),
             stdout_file: format!("{sequence:06}.stdout"),
             stderr_file: format!("{sequence:06}.stderr"),
             started_at,
@@ -365,7 +368,7 @@ pub(crate) mod tests {
         NewEntry {
             command: command.to_owned(),
             cwd: "/workspace".to_owned(),
-            execution_mode: "guest_serial".to_owned(),
+            manner: Manner { execution_mode: "guest_serial", isolation: "qemu-tcg", start_mode: "cold" },
             request_id: format!("request of {command}"),
         }
     }
