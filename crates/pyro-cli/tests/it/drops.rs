@@ -1,7 +1,7 @@
 //! Calls of the engine that are given up at random moments: their futures are dropped after a number of polls or after a
 //! time. Afterwards the VM or task can be used or is gone, no command has run on the host, and nothing is left.
 //!
-//! `PYRO_DROPS` says how often each call on a VM is given up; each on a task, a fifth of that. `PYRO_DROPS_SEED` repeats
+//! `PYRO_DROPS` says how often each call on a VM is given up; each on a task, a tenth of that. `PYRO_DROPS_SEED` repeats
 //! what a seed has chosen.
 
 use std::collections::BTreeMap;
@@ -20,8 +20,8 @@ const DROPS: u64 = 50;
 const SEED: u64 = 20_261_127;
 /// Workers, each with one machine at a time.
 const WORKERS: u64 = 2;
-/// Milliseconds: longer than a restored machine takes to start, so that some calls end.
-const LONGEST: u64 = 500;
+/// Microseconds: longer than a restored machine takes to start, so that some calls end.
+const LONGEST: u64 = 500_000;
 
 /// How often each call was given up, and how often it was faster.
 type Tally = Mutex<BTreeMap<&'static str, [u64; 2]>>;
@@ -53,7 +53,7 @@ fn a_call_that_is_given_up_leaves_a_machine_that_works_or_is_gone() {
         runtime.spawn(async move {
             for round in (worker..drops).step_by(usize::try_from(WORKERS).expect("small")) {
                 dropper.vms().await;
-                if round % 10 < WORKERS {
+                if round % 20 < WORKERS {
                     dropper.task().await;
                 }
             }
@@ -111,13 +111,12 @@ impl Dropper {
     async fn give_up<T>(&mut self, name: &'static str, call: impl Future<Output = T>) -> Option<T> {
         let mut call = pin!(call);
         let done = if self.dice.chance(50) {
-            tokio::time::timeout(Duration::from_millis(self.dice.below(LONGEST)), call).await.ok()
+            // Short times too, for calls that are fast.
+            let longest = LONGEST >> self.dice.below(8);
+            tokio::time::timeout(Duration::from_micros(self.dice.below(longest)), call).await.ok()
         } else {
-            let mut polls = self.dice.below(10);
+            let mut polls = 1 + self.dice.below(6);
             std::future::poll_fn(|context| {
-                if polls == 0 {
-                    return Poll::Ready(None);
-                }
                 polls -= 1;
                 match call.as_mut().poll(context) {
                     Poll::Ready(done) => Poll::Ready(Some(done)),
