@@ -11,8 +11,8 @@ use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, 
 use tokio::io::unix::AsyncFd;
 
 use super::Supervisor;
-use super::body::Body;
 use super::serve::complain;
+use crate::place::Place;
 
 /// How long a guest may take to answer.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -24,7 +24,7 @@ pub(super) async fn follow(supervisor: Arc<Supervisor>) {
         let clock = HostClock::watch()?;
         loop {
             clock.jumped().await?;
-            let Body::Guest(running) = supervisor.body().clone() else { continue };
+            let Place::Guest(running) = supervisor.place.borrow().clone() else { continue };
             match tokio::time::timeout(ANSWER, running.guest.set_clock()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => complain(&format!("the guest did not take the host's new time: {error}")),
