@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::error::{Error, ErrorKind};
 use crate::observe::{Building, CancelOnDrop, Observer, Phase};
-use crate::registry::{Registry, Swept};
+use crate::registry::{Bounds, Registry, Swept};
 use crate::spare::Slot;
 use crate::spec::{Command, ExecSpec, VmSpec};
 use crate::vm::Vm;
@@ -43,6 +43,13 @@ pub struct EngineConfig {
     pub max_active_vms: u32,
     /// The longest life that may be asked for, in seconds.
     pub max_ttl_seconds: u32,
+    /// Where all engines of this user write down what they have promised to machines, so that their sum is looked at; made
+    /// with mode 0700. None: this state directory counts for itself.
+    pub runtime_dir: Option<PathBuf>,
+    /// How many times the host's memory may be promised to machines.
+    pub memory_overcommit: f64,
+    /// How many times the free space of the state directory may be promised to disks, which are sparse.
+    pub disk_overcommit: f64,
     /// The `pyro` program, which serves as the supervisor of tasks; none: this engine makes none.
     pub supervisor: Option<PathBuf>,
 }
@@ -107,7 +114,7 @@ impl Engine {
             template_limit_mib: config.template_limit_mib,
             catalog_version: crate::VERSION.to_owned(),
         })?;
-        let registry = Arc::new(Registry::open(&config.state_dir)?);
+        let registry = Arc::new(Registry::open(&config.state_dir, Bounds::from(&config))?);
         Ok(Self {
             inner: Arc::new(Inner {
                 config,

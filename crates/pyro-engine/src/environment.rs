@@ -42,9 +42,31 @@ impl EngineConfig {
             spare: false,
             max_active_vms: number("PYRO_MAX_ACTIVE_VMS", 4, 1)?,
             max_ttl_seconds: number("PYRO_MAX_TTL_SECONDS", 3600, 1)?,
+            runtime_dir: Some(path("PYRO_RUNTIME_DIR").unwrap_or_else(runtime_dir)),
+            memory_overcommit: factor("PYRO_MEMORY_OVERCOMMIT", 1.0)?,
+            disk_overcommit: factor("PYRO_DISK_OVERCOMMIT", 100.0)?,
             supervisor,
         })
     }
+}
+
+/// A directory of this user that lasts until the host goes down. The first that is there, whatever session asks, so that all
+/// processes of the user agree on one.
+fn runtime_dir() -> PathBuf {
+    let user = rustix::process::geteuid().as_raw();
+    let session = PathBuf::from(format!("/run/user/{user}"));
+    let given = || path("XDG_RUNTIME_DIR").filter(|dir| dir.is_absolute() && dir.is_dir());
+    match Some(session).filter(|dir| dir.is_dir()).or_else(given) {
+        Some(dir) => dir.join("pyro"),
+        None => PathBuf::from(format!("/tmp/pyro-{user}")),
+    }
+}
+
+fn factor(name: &'static str, default: f64) -> Result<f64, Error> {
+    let Some(text) = std::env::var(name).ok().filter(|text| !text.is_empty()) else { return Ok(default) };
+    text.parse().ok().filter(|factor: &f64| factor.is_finite() && *factor > 0.0).ok_or_else(|| {
+        Error::new(ErrorKind::InvalidValue, format!("{name} must be a number above 0, not '{text}'"))
+    })
 }
 
 fn path(name: &str) -> Option<PathBuf> {

@@ -159,6 +159,9 @@ mod tests {
             spare: true,
             max_active_vms: cap,
             max_ttl_seconds: 3600,
+            runtime_dir: None,
+            memory_overcommit: 1.0,
+            disk_overcommit: 100.0,
             supervisor: None,
         };
         Some((state, Engine::open(config).expect("opened")))

@@ -7,6 +7,7 @@ use pyro_image::Environment;
 use pyro_vmm::DiskCache;
 use tokio::sync::watch;
 
+use crate::budget::Promise;
 use crate::engine::{Engine, Ground, may_use_host};
 use crate::error::{Error, ErrorKind};
 use crate::execute::{Cancel, Limit, Output, Place, Subject, carry_out, millis};
@@ -60,7 +61,8 @@ impl Engine {
         let times = match started {
             Ok(times) => times,
             Err(error) => {
-                live.remove().await?;
+                // What cannot be removed now is found by the next sweep.
+                drop(live.remove().await);
                 return Err(error);
             }
         };
@@ -268,7 +270,8 @@ impl Engine {
             let version = ground.as_ref().map_or("", |(_, environment)| environment.version.as_str());
             let digest = ground.as_ref().map(|(_, environment)| environment.digest.clone());
             let admit = || {
-                inner.registry.admit(inner.config.max_active_vms, |id| {
+                let promise = ground.as_ref().map_or_else(Promise::default, |_guest| spec.promise());
+                inner.registry.admit(inner.config.max_active_vms, promise, |id| {
                     let mut record = VmRecord::new(id, &spec, version, isolation, now());
                     let digest = digest.clone().map(|digest| ("environment_digest".to_owned(), digest));
                     record.metadata.extend(digest);

@@ -37,6 +37,9 @@ fn driver(backend: &str) -> Result<Driver, String> {
         max_ttl_seconds: 60,
         template_limit_mib: 0,
         spare: false,
+        runtime_dir: None,
+        memory_overcommit: 1.0,
+        disk_overcommit: 100.0,
         supervisor: None,
     };
     let engine = Engine::open(config).expect("opened");

@@ -77,7 +77,7 @@ pub async fn supervise() -> io::Result<()> {
     let (kind, id) = (order.kind, order.file.task_id.clone());
     let config = EngineConfig::from(order.config);
     let state_dir = config.state_dir.clone();
-    let supervisor = match Supervisor::open(config, order.file, order.cold, lock).await {
+    let supervisor = match Supervisor::open(config, order.file, &order.owner, order.cold, lock).await {
         Ok(supervisor) => Arc::new(supervisor),
         Err((error, lock)) => {
             abandon(&state_dir, &id, kind, lock);
@@ -137,10 +137,11 @@ impl Supervisor {
     async fn open(
         config: EngineConfig,
         file: TaskFile,
+        former: &str,
         cold: bool,
         lock: File,
     ) -> Result<Self, (Error, File)> {
-        let opened = Self::prepare(config, &file);
+        let opened = Self::prepare(config, &file, former);
         let (engine, directory, environment, last) = match opened {
             Ok(opened) => opened,
             Err(error) => return Err((error, lock)),
@@ -166,8 +167,11 @@ impl Supervisor {
     fn prepare(
         config: EngineConfig,
         file: &TaskFile,
+        former: &str,
     ) -> Result<(Engine, TaskDirectory, Option<Environment>, u64), Error> {
         let engine = Engine::open_as_is(config)?;
+        // From here on the task dies with this process, and not with the one that made it.
+        engine.inner.registry.adopt(&file.task_id, former)?;
         let path: PathBuf = engine.inner.registry.state_dir().join("tasks").join(&file.task_id);
         let directory = TaskDirectory::new(path);
         let failed = |error: io::Error| Error::state(directory.path(), &error);
