@@ -179,6 +179,11 @@ async fn conduct(
         let event = tokio::select! {
             biased;
             fault = cancel.asked(), if cancelled.is_none() => {
+                if fault == Fault::DiskFull {
+                    // Its guest does not answer until there is room.
+                    process.signal(Signal::KILL);
+                    return Ok(ended(fault, 137));
+                }
                 cancelled = Some(fault);
                 deadline = Instant::now() + CANCEL_GRACE;
                 process.signal(Signal::TERM);

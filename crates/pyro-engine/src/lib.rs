@@ -35,6 +35,7 @@ mod lock;
 mod observe;
 mod record;
 mod registry;
+mod room;
 mod spare;
 mod spec;
 mod supervisor;

@@ -262,6 +262,11 @@ impl Live {
         }
     }
 
+    /// The machine's directory.
+    pub(crate) fn dir(&self) -> &Path {
+        self.lease.as_ref().map_or(Path::new("/"), |lease| &lease.dir)
+    }
+
     /// The working directory of commands on the host.
     pub(crate) fn workspace(&self) -> PathBuf {
         self.lease.as_ref().map(|lease| lease.dir.join("workspace")).unwrap_or_default()

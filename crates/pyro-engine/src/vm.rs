@@ -10,11 +10,12 @@ use tokio::sync::watch;
 use crate::budget::Promise;
 use crate::engine::{Engine, Ground, may_use_host};
 use crate::error::{Error, ErrorKind};
-use crate::execute::{Cancel, Limit, Output, Place, Subject, carry_out, millis};
+use crate::execute::{Cancel, Limit, Output, Place, Subject, carry_out, ended, millis};
 use crate::live::{Live, Running, StartTimes, unavailable};
 use crate::observe::{Observer, Phase};
 use crate::record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRecord, VmState};
 use crate::registry::now;
+use crate::room;
 use crate::spec::{ExecSpec, VmSpec};
 
 /// A machine of this process.
@@ -386,7 +387,11 @@ pub(crate) async fn execute(
     let command = exec.command.display();
     let place = live.running().map_or_else(|| Place::Host(live.workspace()), Place::Guest);
     let mut output = Output::new(observer);
-    let outcome = carry_out(place, exec, limit, &mut output, cancel).await?;
+    let outcome = tokio::select! {
+        outcome = carry_out(place, exec, limit, &mut output, cancel) => outcome?,
+        // What is given up here ends with its machine.
+        () = room::until_low(live.dir(), || true) => ended(Fault::DiskFull, 137),
+    };
     let subject = Subject {
         vm_id: Some(record.vm_id.clone()),
         task_id: None,

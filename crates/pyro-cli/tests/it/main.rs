@@ -8,6 +8,7 @@ mod chaos;
 mod doctor;
 mod failures;
 mod kill;
+mod ledger;
 mod power_loss;
 mod run;
 mod support;

@@ -51,15 +51,18 @@ impl Supervisor {
             mode.clone_into(&mut file.execution_mode);
             file.last_error = None;
         })?;
+        *self.body() = body.clone();
+        self.commands.reopen();
         if let Body::Guest(running) = &body {
             let (supervisor, running) = (Arc::clone(self), Arc::clone(running));
             drop(tokio::spawn(async move {
-                let exit = running.machine.wait().await;
+                let exit = tokio::select! {
+                    exit = running.machine.wait() => exit,
+                    never = supervisor.watch_disk(&running) => match never {},
+                };
                 supervisor.guest_has_ended(&running, &exit).await;
             }));
         }
-        *self.body() = body;
-        self.commands.reopen();
         self.runs.send_replace(true);
         Ok(())
     }
@@ -136,6 +139,8 @@ impl Supervisor {
         let body = self.take_body();
         self.commands.end_all(Fault::Cancelled).await;
         if let Body::Guest(running) = body {
+            // It may wait for room on the host's disk; what it has to write now is little.
+            running.machine.resume().await.ok();
             running.power_off().await;
         }
         self.settle_entries().await;

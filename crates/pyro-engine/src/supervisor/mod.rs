@@ -13,6 +13,7 @@
 mod body;
 mod command;
 mod commands;
+mod disk;
 mod footprint;
 mod serve;
 mod unsettled;
