@@ -19,6 +19,8 @@ pub(crate) use self::birth::{CONTROL_FD, Kind, LOCK_FD, READY_FD, Report, read_o
 use self::client::Client;
 pub(crate) use self::client::{supervisor_proto, to_status};
 pub(crate) use self::directory::TaskDirectory;
+#[cfg(test)]
+pub(crate) use self::file::tests::file as test_file;
 pub(crate) use self::file::{TaskFile, TaskFileError, boot_id};
 pub use self::journal::{EntryStatus, JournalEntry};
 pub use self::record::{
