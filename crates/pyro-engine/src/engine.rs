@@ -105,8 +105,11 @@ impl Engine {
     /// As [`Engine::open`], without looking at what others have left.
     pub(crate) fn open_as_is(config: EngineConfig) -> Result<Self, Error> {
         crate::backend::check_name(config.backend.as_deref())?;
+        // What a cache that can only be read has no place for goes into the state directory.
+        let registry = Arc::new(Registry::open(&config.state_dir, Bounds::from(&config))?);
         let store = Store::open(StoreConfig {
             cache_dir: config.cache_dir.clone(),
+            private_dir: config.state_dir.join("cache"),
             apt_sources: config.apt_sources.clone(),
             tool_path: config.tool_path.clone(),
             agent: crate::AGENT.into(),
@@ -114,7 +117,6 @@ impl Engine {
             template_limit_mib: config.template_limit_mib,
             catalog_version: crate::VERSION.to_owned(),
         })?;
-        let registry = Arc::new(Registry::open(&config.state_dir, Bounds::from(&config))?);
         Ok(Self {
             inner: Arc::new(Inner {
                 config,

@@ -36,6 +36,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use pyro_image::Trust;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use self::database::Found;
@@ -87,6 +88,16 @@ impl Registry {
     pub(crate) fn open(state_dir: &Path, bounds: Bounds) -> Result<Self, Error> {
         let failed = |error: io::Error| Error::state(state_dir, &error);
         let state_dir = std::path::absolute(state_dir).map_err(failed)?;
+        let distrusted = match Trust::of(&state_dir).map_err(failed)? {
+            Ok(Trust::Own) => None,
+            Ok(Trust::ReadOnly) => Some((format!("'{}' can only be read", state_dir.display()), None)),
+            Err(distrust) => Some((distrust.to_string(), distrust.remedy())),
+        };
+        if let Some((what, remedy)) = distrusted {
+            let remedy = remedy.map_or_else(String::new, |remedy| format!("{remedy}, or "));
+            return Err(Error::new(ErrorKind::Host, format!("the state directory {what}"))
+                .hint(format!("{remedy}set PYRO_STATE_DIR to one of your own")));
+        }
         refuse_anothers(&state_dir)?;
         make_directories(&state_dir).map_err(failed)?;
         let key = fs_err::canonicalize(&state_dir).map_err(failed)?;
@@ -337,7 +348,7 @@ fn entries_of(state_dir: &Path, kind: &str, problems: &mut Vec<String>) -> Vec<(
 fn refuse_anothers(state_dir: &Path) -> Result<(), Error> {
     let Ok(entries) = fs_err::read_dir(state_dir) else { return Ok(()) };
     // What another process has just begun to make is ours; and a disk of its own has `lost+found`.
-    let ours = ["vms", "tasks", "trash", "quarantine", "lost+found"];
+    let ours = ["vms", "tasks", "trash", "quarantine", "cache", "lost+found"];
     let mut others = entries.flatten().filter(|entry| !ours.iter().any(|name| entry.file_name() == *name));
     if others.next().is_none()
         || state_dir.join("vms").is_dir()

@@ -104,7 +104,7 @@ impl SharedLedger {
             Ok(found) if found.uid() != rustix::process::geteuid().as_raw() => {
                 refuse("belongs to another user")
             }
-            Ok(found) if found.mode() & 0o077 != 0 => refuse("is open to other users"),
+            Ok(found) if found.mode() & 0o022 != 0 => refuse("can be changed by other users"),
             Ok(_) => Ok(()),
         }
     }
@@ -227,7 +227,10 @@ mod tests {
         fs_err::remove_file(&dir).expect("removed");
         fs_err::create_dir(&dir).expect("made");
         fs_err::set_permissions(&dir, std::fs::Permissions::from_mode(0o777)).expect("opened up");
-        assert_eq!(refused(), format!("the runtime directory '{}' is open to other users", dir.display()));
+        assert_eq!(
+            refused(),
+            format!("the runtime directory '{}' can be changed by other users", dir.display())
+        );
         if rustix::process::geteuid().is_root() {
             fs_err::set_permissions(&dir, std::fs::Permissions::from_mode(0o700)).expect("closed");
             std::os::unix::fs::chown(&dir, Some(65_534), None).expect("given away");

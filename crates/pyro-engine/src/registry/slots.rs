@@ -141,11 +141,10 @@ impl Registry {
         Ok(rows.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// The owner of a machine, as it is written down; none where nobody knows.
-    pub(super) fn owner_of(&self, id: &str) -> rusqlite::Result<Option<(Owner, String)>> {
+    /// The owner of a machine, as it is written down; none where the machine has no row.
+    pub(super) fn owner_of(&self, id: &str) -> rusqlite::Result<Option<String>> {
         let sql = "SELECT owner FROM machines WHERE id = ?1";
-        let text: Option<String> = self.connection().query_row(sql, [id], |row| row.get(0)).optional()?;
-        Ok(text.and_then(|text| Some((Owner::parse(&text)?, text))))
+        self.connection().query_row(sql, [id], |row| row.get(0)).optional()
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use rusqlite::params;
 
+use super::owner::Owner;
 use super::slots::this_process;
 use super::{Lease, Registry, TOMBSTONE_SECONDS, now};
 use crate::error::Error;
@@ -108,26 +109,29 @@ impl Registry {
         Ok(())
     }
 
-    /// Tries to lock the directory of a machine. Where the owner that is written down has died and the lock is held all the
-    /// same, a forked copy of the owner holds it: then it is taken away.
+    /// Tries to lock the directory of a machine, and becomes its owner with the lock. Where the owner that is written down has
+    /// died and the lock is held all the same, a forked copy of the owner holds it: then it is taken away.
     pub(super) fn attempt(&self, id: &str, path: &Path) -> io::Result<Attempt> {
-        match lock::attempt(path)? {
-            Attempt::Held => Ok(self.take_from_the_dead(id, path)?.map_or(Attempt::Held, Attempt::Locked)),
-            attempted => Ok(attempted),
+        let lock = match lock::attempt(path)? {
+            Attempt::Locked(lock) => Some(lock),
+            Attempt::Held => None,
+            Attempt::Gone => return Ok(Attempt::Gone),
+        };
+        let written = self.owner_of(id).map_err(io::Error::other)?;
+        let is_dead = || written.as_deref().and_then(Owner::parse).is_some_and(|owner| owner.is_dead());
+        if lock.is_none() && !is_dead() {
+            return Ok(Attempt::Held);
         }
-    }
-
-    fn take_from_the_dead(&self, id: &str, path: &Path) -> io::Result<Option<File>> {
-        let Some((owner, written)) = self.owner_of(id).map_err(io::Error::other)? else { return Ok(None) };
-        if !owner.is_dead() {
-            return Ok(None);
-        }
-        // Of all who have seen it dead, one becomes the owner and may take the lock. So does a supervisor that was about to.
+        let Some(written) = written else { return Ok(lock.map_or(Attempt::Held, Attempt::Locked)) };
+        // Of all who have found the lock free or its owner dead, one becomes the owner. So may a supervisor that was about to.
         let sql = "UPDATE machines SET owner = ?3 WHERE id = ?1 AND owner = ?2";
         let claimed = self.connection().execute(sql, params![id, written, this_process()]);
-        match claimed.map_err(io::Error::other)? {
-            0 => Ok(None),
-            _ => lock::renew(path).map(Some),
+        match (claimed, lock) {
+            (Ok(0), _) => Ok(Attempt::Held),
+            (Ok(_), None) => lock::renew(path).map(Attempt::Locked),
+            // Where the disk is too full for this, the lock must do: a machine is removable to make room.
+            (Ok(_) | Err(_), Some(lock)) => Ok(Attempt::Locked(lock)),
+            (Err(error), None) => Err(io::Error::other(error)),
         }
     }
 
