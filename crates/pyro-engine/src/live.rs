@@ -264,7 +264,7 @@ impl Live {
 
     /// The machine's directory.
     pub(crate) fn dir(&self) -> &Path {
-        self.lease.as_ref().map_or(Path::new("/"), |lease| &lease.dir)
+        self.lease.as_ref().map_or_else(|| Path::new("/"), |lease| &lease.dir)
     }
 
     /// The working directory of commands on the host.

@@ -190,7 +190,7 @@ mod tests {
         let (lease, record) = admit(&registry, 1).expect("admitted");
         registry.note_resource(&record.vm_id, &Resource::ControlGroup(group.into())).expect("noted");
         drop(lease);
-        assert_eq!(registry.sweep().problems, [String::new(); 0]);
+        assert_eq!(registry.sweep().problems, Vec::<String>::new());
         assert!(!group.exists());
     }
 

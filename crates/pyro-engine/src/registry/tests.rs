@@ -216,7 +216,9 @@ fn a_task_whose_lock_is_held_by_a_living_caller_is_left_to_it() {
     let lease = registry.bear_task(4, Promise::of(256, 8192)).expect("admitted");
     let mut file = crate::task::test_file(&lease.id);
     file.state = VmState::Stopped;
-    file.write(&registry.task_path(&lease.id)).expect("written");
+    let directory = registry.task_path(&lease.id);
+    directory.furnish().expect("made");
+    file.write(&directory).expect("written");
     let id = lease.id.clone();
     // Its supervisor has died, and a caller is about to give it another.
     drop((orphan(&registry, &lease), lease));

@@ -424,7 +424,7 @@ fn a_cache_that_can_only_be_read_is_used() {
             fixture.cache.display()
         )
     );
-    assert_eq!(store.prune().expect("its own").deleted_environment_dirs, [PathBuf::new(); 0]);
+    assert_eq!(store.prune().expect("its own").deleted_environment_dirs, Vec::<PathBuf>::new());
     assert_eq!(fixture.runs(), 1);
     drop((environment, newer, guard));
 }
