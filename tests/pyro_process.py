@@ -22,6 +22,8 @@ class Pyro:
         self.environ = {
             **os.environ,
             "PYRO_STATE_DIR": str(state),
+            # What other tests promise to their machines is no concern of this one's.
+            "PYRO_RUNTIME_DIR": str(place / "runtime"),
             "PYRO_ENVIRONMENT_CACHE_DIR": os.environ["PYRO_TEST_ENVIRONMENTS"],
             "PYRO_MAX_ACTIVE_VMS": "8",
         }

@@ -39,7 +39,7 @@ def over_http(server):
 
 
 def over_stdio(pyro):
-    environ = [word for name in ("PYRO_STATE_DIR", "PYRO_ENVIRONMENT_CACHE_DIR")
+    environ = [word for name in ("PYRO_STATE_DIR", "PYRO_RUNTIME_DIR", "PYRO_ENVIRONMENT_CACHE_DIR")
                for word in ("-e", f"{name}={pyro.environ[name]}")]
     return [*environ, *pyro.command("mcp", "serve")]
 

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def environment(pyro, monkeypatch):
-    for name in ("PYRO_STATE_DIR", "PYRO_ENVIRONMENT_CACHE_DIR", "PYRO_MAX_ACTIVE_VMS"):
+    for name in ("PYRO_STATE_DIR", "PYRO_RUNTIME_DIR", "PYRO_ENVIRONMENT_CACHE_DIR", "PYRO_MAX_ACTIVE_VMS"):
         monkeypatch.setenv(name, pyro.environ[name])
 
 

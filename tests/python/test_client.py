@@ -207,6 +207,35 @@ def script(text, **options):
     return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, **options)
 
 
+def test_a_forked_child_keeps_no_machine_of_its_killed_parent_alive(pyro):
+    program = """
+import os, time
+from pyro_mcp import Pyro
+pyro = Pyro()
+vms = [pyro.create_vm(environment="debian:12", mem_mib=256)["vm_id"] for _ in range(4)]
+pyro.start_vm(vms[0])
+child = os.fork()
+if child:
+    print(child, *vms, flush=True)
+time.sleep(600)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], env=pyro.environ, stdout=subprocess.PIPE, text=True)
+    child, *vms = parent.stdout.readline().split()
+    assert len(vms) == 4
+    try:
+        assert pyro.json("reap")["deleted_vm_ids"] == [], "their owner lives"
+        parent.kill()
+        parent.wait()
+        full = {**pyro.environ, "PYRO_MAX_ACTIVE_VMS": "4"}
+        ran = subprocess.run(pyro.command("run", "debian:12", "--mem-mib", "256", "--", "true"), env=full)
+        assert ran.returncode == 0, "the next command reaps them and takes a slot"
+        os.kill(int(child), 0)
+        wait_until(lambda: not pyro.vmms(), "the VMM has died with its owner")
+        assert not [entry for kind in ("vms", "trash") for entry in (pyro.state / kind).iterdir()]
+    finally:
+        os.kill(int(child), signal.SIGKILL)
+
+
 def test_a_forked_child_makes_a_client_of_its_own(pyro):
     program = pyro.place / "forking.py"
     # In a file, because `spawn` imports the main module.

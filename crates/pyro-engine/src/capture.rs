@@ -52,9 +52,26 @@ pub(crate) fn joined(head: &[u8], missing: u64, tail: &[u8]) -> String {
     format!("{head}\n[… {missing} bytes cut …]\n{tail}")
 }
 
+/// The beginning of a text, of at most so many bytes, with a word about how much is missing.
+pub(crate) fn cut(mut text: String, most: usize) -> String {
+    if text.len() > most {
+        let end = text.floor_char_boundary(most);
+        let missing = text.len() - end;
+        text.truncate(end);
+        text.push_str(&format!(" … ({missing} more bytes)"));
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_text_is_cut_between_two_characters() {
+        assert_eq!(cut("naïve".to_owned(), 6), "naïve");
+        assert_eq!(cut("naïve".to_owned(), 3), "na … (4 more bytes)");
+    }
 
     #[test]
     fn a_short_stream_is_whole_and_invalid_utf8_is_replaced() {

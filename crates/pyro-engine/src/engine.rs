@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::error::{Error, ErrorKind};
 use crate::observe::{Building, CancelOnDrop, Observer, Phase};
 use crate::place::Terms;
-use crate::registry::{Registry, Swept};
+use crate::registry::{Bounds, Registry, Swept};
 use crate::spec::{Command, ExecSpec, VmSpec};
 use crate::vm::Machines;
 
@@ -44,6 +44,13 @@ pub struct EngineConfig {
     pub max_active_vms: u32,
     /// The longest life that may be asked for, in seconds.
     pub max_ttl_seconds: u32,
+    /// Where all engines of this user write down what they have promised to machines, so that their sum is looked at; made
+    /// with mode 0700. None: this state directory counts for itself.
+    pub runtime_dir: Option<PathBuf>,
+    /// How many times the host's memory may be promised to machines.
+    pub memory_overcommit: f64,
+    /// How many times the free space of the state directory may be promised to disks, which are sparse.
+    pub disk_overcommit: f64,
     /// The `pyro` program, which serves as the supervisor of tasks; none: this engine makes none.
     pub supervisor: Option<PathBuf>,
 }
@@ -98,16 +105,17 @@ impl Engine {
     /// As [`Engine::open`], without looking at what others have left.
     pub(crate) fn open_as_is(config: EngineConfig) -> Result<Self, Error> {
         crate::backend::check_name(config.backend.as_deref())?;
+        // The state directory comes first: what a cache that can only be read has no place for goes there.
+        let registry = Arc::new(Registry::open(&config.state_dir, Bounds::from(&config))?);
         let store = open_store(&config)?;
-        Self::on_store(config, store)
+        Ok(Self::over(config, registry, store))
     }
 
-    fn on_store(config: EngineConfig, store: Store) -> Result<Self, Error> {
-        let registry = Arc::new(Registry::open(&config.state_dir)?);
-        Ok(Self {
+    fn over(config: EngineConfig, registry: Arc<Registry>, store: Store) -> Self {
+        Self {
             inner: Arc::new(Inner { config, store, registry, swept: Mutex::default() }),
             machines: Arc::default(),
-        })
+        }
     }
 
     /// The same engine for a task of its own, which keeps no machine of this one alive.
@@ -173,7 +181,8 @@ impl Engine {
                 format!("{} with {}", entry.name, added.release),
             ));
             let trying = open_store(&self.inner.config)?.trying(&added);
-            let engine = Self::on_store(self.inner.config.clone(), trying)?;
+            let (config, registry) = (self.inner.config.clone(), Arc::clone(&self.inner.registry));
+            let engine = Self::over(config, registry, trying);
             let spec = VmSpec { cold: true, ..VmSpec::new(entry.name) };
             let tried = engine.run(spec, ExecSpec::new(Command::argv(["true"])), Observer::none()).await;
             let failed = match tried {
@@ -317,6 +326,7 @@ pub(crate) fn may_use_host(spec: &VmSpec, error: &Error) -> bool {
 fn open_store(config: &EngineConfig) -> Result<Store, Error> {
     let store = Store::open(StoreConfig {
         cache_dir: config.cache_dir.clone(),
+        private_dir: config.state_dir.join("cache"),
         apt_sources: config.apt_sources.clone(),
         tool_path: config.tool_path.clone(),
         agent: crate::AGENT.into(),

@@ -46,6 +46,9 @@ impl EngineConfig {
             unconfined_vmm: number("PYRO_UNCONFINED_VMM", 0, 0)? != 0,
             max_active_vms: number("PYRO_MAX_ACTIVE_VMS", 4, 1)?,
             max_ttl_seconds: number("PYRO_MAX_TTL_SECONDS", 3600, 1)?,
+            runtime_dir: Some(path("PYRO_RUNTIME_DIR")?.unwrap_or_else(runtime_dir)),
+            memory_overcommit: factor("PYRO_MEMORY_OVERCOMMIT", 1.0)?,
+            disk_overcommit: factor("PYRO_DISK_OVERCOMMIT", 100.0)?,
             supervisor,
         })
     }
@@ -137,6 +140,28 @@ fn text(name: &str) -> Result<Option<String>, Error> {
     let text = variable(name).map(OsString::into_string).transpose();
     text.map_err(|value| {
         Error::new(ErrorKind::InvalidValue, format!("{name} is not UTF-8: '{}'", value.to_string_lossy()))
+    })
+}
+
+/// A directory of this user that lasts until the host goes down. The first that is there, whatever session asks, so that all
+/// processes of the user agree on one.
+fn runtime_dir() -> PathBuf {
+    let user = rustix::process::geteuid().as_raw();
+    let session = PathBuf::from(format!("/run/user/{user}"));
+    let given = || {
+        let dir = variable("XDG_RUNTIME_DIR").map(PathBuf::from);
+        dir.filter(|dir| dir.is_absolute() && dir.is_dir())
+    };
+    match Some(session).filter(|dir| dir.is_dir()).or_else(given) {
+        Some(dir) => dir.join("pyro"),
+        None => PathBuf::from(format!("/tmp/pyro-{user}")),
+    }
+}
+
+fn factor(name: &'static str, default: f64) -> Result<f64, Error> {
+    let Some(text) = text(name)? else { return Ok(default) };
+    text.parse().ok().filter(|factor: &f64| factor.is_finite() && *factor > 0.0).ok_or_else(|| {
+        Error::new(ErrorKind::InvalidValue, format!("{name} must be a number above 0, not '{text}'"))
     })
 }
 

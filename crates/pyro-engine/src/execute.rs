@@ -175,6 +175,11 @@ async fn conduct(
         let event = tokio::select! {
             biased;
             ending = cancel.asked(), if cancelled.is_none() => {
+                if ending == Ending::HostDiskFull {
+                    // Its guest does not answer until there is room.
+                    process.signal(Signal::KILL);
+                    return Ok(ended_by(ending, 137));
+                }
                 cancelled = Some(ending);
                 deadline = Instant::now() + CANCEL_GRACE;
                 process.signal(Signal::TERM);

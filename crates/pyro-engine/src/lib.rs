@@ -38,6 +38,7 @@ mod owner;
 mod place;
 mod record;
 mod registry;
+mod room;
 mod spare;
 mod spec;
 mod supervisor;

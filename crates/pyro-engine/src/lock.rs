@@ -8,6 +8,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use rustix::fs::{CWD, Mode, OFlags};
+
 /// A lock on a file that is held for a moment.
 ///
 /// It is given up in so many words, not by closing the file: a copy of this process that was forked meanwhile has the
@@ -42,11 +44,27 @@ pub(crate) enum Attempt {
     Gone,
 }
 
+/// The file that is locked instead of a directory whose own lock is stuck.
+const RENEWED: &str = ".lock";
+
 /// Tries to lock the directory at `path`; it is not waited for.
 pub(crate) fn attempt(path: &Path) -> io::Result<Attempt> {
-    use rustix::fs::{CWD, Mode, OFlags};
+    let renewed = path.join(RENEWED);
+    if renewed.exists() { attempt_at(&renewed, OFlags::empty()) } else { attempt_at(path, OFlags::DIRECTORY) }
+}
 
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+/// Takes the lock of a directory away from a dead owner, of which a forked copy holds it still. To be called by one
+/// process at a time, which knows that the owner is dead.
+pub(crate) fn renew(path: &Path) -> io::Result<File> {
+    let beside = path.join(format!("{RENEWED}.{}", crate::files::random_hex(4)?));
+    let file = File::create_new(&beside)?;
+    file.try_lock()?;
+    fs_err::rename(&beside, path.join(RENEWED))?;
+    Ok(file)
+}
+
+fn attempt_at(path: &Path, flags: OFlags) -> io::Result<Attempt> {
+    let flags = flags | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = match rustix::fs::openat(CWD, path, flags, Mode::empty()) {
         Ok(fd) => File::from(fd),
         Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => {
@@ -90,5 +108,23 @@ mod tests {
         assert!(matches!(attempt(&there).expect("tried"), Attempt::Locked(_)));
         fs_err::write(&here, "no directory").expect("written");
         assert!(matches!(attempt(&here).expect("tried"), Attempt::Gone));
+    }
+
+    #[test]
+    fn a_lock_that_a_forked_copy_holds_is_taken_from_its_dead_owner() {
+        let root = tempfile::tempdir().expect("a directory");
+        let dir = root.path().join("dir");
+        fs_err::create_dir(&dir).expect("made");
+        let Attempt::Locked(_copied) = attempt(&dir).expect("tried") else { panic!("free") };
+        for _ in 0..2 {
+            let renewed = renew(&dir).expect("taken");
+            assert!(matches!(attempt(&dir).expect("tried"), Attempt::Held));
+            drop(renewed);
+            assert!(
+                matches!(attempt(&dir).expect("tried"), Attempt::Locked(_)),
+                "the old lock does not count"
+            );
+        }
+        assert_eq!(fs_err::read_dir(&dir).expect("read").count(), 1);
     }
 }

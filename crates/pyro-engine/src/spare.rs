@@ -122,7 +122,7 @@ impl Engine {
             return None;
         }
         let warm = ExecSpec::new(Command::argv(["true"]));
-        execute(&live.place, record, warm, &Observer::none(), Cancel::default()).await.ok()?;
+        execute(&live.place, &live.dir(), record, warm, &Observer::none(), Cancel::default()).await.ok()?;
         Some(admitted)
     }
 
@@ -181,6 +181,9 @@ pub(crate) mod tests {
             unconfined_vmm: false,
             max_active_vms: cap,
             max_ttl_seconds: 3600,
+            runtime_dir: None,
+            memory_overcommit: 1.0,
+            disk_overcommit: 100.0,
             supervisor: None,
         }
     }

@@ -6,6 +6,7 @@ use pyro_proto::limits;
 use pyro_vmm::Isolation;
 use tokio::io::AsyncRead;
 
+use crate::budget::Promise;
 use crate::error::{Error, ErrorKind};
 
 /// A machine that is asked for.
@@ -59,6 +60,11 @@ impl VmSpec {
             ttl_seconds: narrow(ttl_seconds),
             ..self
         }
+    }
+
+    /// What the host owes a guest of this size.
+    pub(crate) fn promise(&self) -> Promise {
+        Promise::of(self.mem_mib, self.disk_mib)
     }
 
     pub(crate) fn check(&self, max_ttl: u32) -> Result<(), Error> {

@@ -5,7 +5,7 @@
 //! machine boots.
 
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind};
 use crate::guest::{Event, Guest, Identity, at_rest};
 use crate::live::{Boot, OVERLAY, Running, StartTimes, boot_deadline, lay_disk, machine_spec, unavailable};
 use crate::observe::{Observer, Phase};
-use crate::registry::{Lease, Registry};
+use crate::registry::{Lease, Owner, Registry, Resource};
 use crate::spec::{Command, ExecSpec, VmSpec};
 
 /// Why a machine has booted for which there was nothing to go on from.
@@ -129,6 +129,27 @@ impl Engine {
         vmm: &Driver,
         boot: &Boot<'_>,
     ) -> Result<(Running, StartTimes), Error> {
+        let id = boot.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        self.note_control_group(&id, &boot.dir).await?;
+        let started = self.restore_or_boot(vmm, boot).await?;
+        let (engine, pid) = (self.clone(), started.0.machine.pid());
+        let note = move || match Owner::numbered(pid) {
+            Some(process) => engine.inner.registry.note_resource(&id, &Resource::Process(process)),
+            None => Ok(()),
+        };
+        // Where that cannot be written down, the kernel ends it with its owner all the same.
+        drop(self.blocking(note).await);
+        Ok(started)
+    }
+
+    /// Writes down the control group that a VMM is about to get, where it gets one.
+    async fn note_control_group(&self, id: &str, dir: &Path) -> Result<(), Error> {
+        let Some(group) = pyro_vmm::control_group_of(dir) else { return Ok(()) };
+        let (engine, id) = (self.clone(), id.to_owned());
+        self.blocking(move || engine.inner.registry.note_resource(&id, &Resource::ControlGroup(group))).await
+    }
+
+    async fn restore_or_boot(&self, vmm: &Driver, boot: &Boot<'_>) -> Result<(Running, StartTimes), Error> {
         let Some(fresh) = &boot.fresh else { return Running::boot(vmm, boot).await };
         let overlay = boot.dir.join(OVERLAY);
         let mut reason = (!fresh.cold).then(|| NO_TEMPLATE.to_owned());
@@ -186,10 +207,13 @@ impl Engine {
         let blank = inner.store.overlay_template(spec.disk_mib)?;
         let workshop = Workshop {
             registry: Arc::clone(&inner.registry),
-            lease: Some(inner.registry.lease_directory()?),
+            lease: Some(inner.registry.lease_directory(spec.promise())?),
         };
         let dir = workshop.lease.as_ref().map(|lease| lease.dir.clone()).unwrap_or_default();
         lay_disk(&blank, &dir.join(OVERLAY))?;
+        if let Some(lease) = &workshop.lease {
+            self.note_control_group(&lease.id, &dir).await?;
+        }
         let saved = save_machine(&vmm, spec_in(dir.clone()), tell).await?;
         let files = TemplateFiles { state: saved.state, memory: saved.memory, overlay: dir.join(OVERLAY) };
         let engine = self.clone();

@@ -5,6 +5,7 @@ mod machine;
 mod tests;
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,10 +13,11 @@ use pyro_image::Environment;
 use pyro_vmm::DiskCache;
 
 use self::machine::{VmExec, VmMachine};
+use crate::budget::Promise;
 use crate::ending::{Ending, Noun};
 use crate::engine::{Engine, Ground};
 use crate::error::{Error, ErrorKind};
-use crate::execute::{Cancel, Limit, Output, Subject, carry_out, millis};
+use crate::execute::{Cancel, Limit, Output, Subject, carry_out, ended_by, millis};
 use crate::guest::Identity;
 use crate::live::{Boot, Fresh, Live, OVERLAY, StartTimes};
 use crate::observe::{Observer, Phase};
@@ -23,6 +25,7 @@ use crate::owner::{self, Mailbox, Message};
 use crate::place::{Place, Terms};
 use crate::record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRecord};
 use crate::registry::now;
+use crate::room;
 use crate::spare::Slot;
 use crate::spec::{ExecSpec, VmSpec};
 
@@ -114,7 +117,7 @@ impl Engine {
             observer.tell(Phase::Warning(warning.to_owned()));
         }
         observer.tell(Phase::Execute(record.vm_id.clone()));
-        let result = execute(&live.place, &record, exec, &observer, Cancel::default()).await;
+        let result = execute(&live.place, &live.dir(), &record, exec, &observer, Cancel::default()).await;
         let cleaning = Instant::now();
         let removed = live.remove().await;
         self.keep_spare(&vm);
@@ -254,7 +257,8 @@ impl Engine {
             let version = ground.as_ref().map_or("", |(_, environment)| environment.version.as_str());
             let digest = ground.as_ref().map(|(_, environment)| environment.digest.clone());
             let admit = || {
-                inner.registry.admit(inner.config.max_active_vms, |id| {
+                let promise = ground.as_ref().map_or_else(Promise::default, |_guest| spec.promise());
+                inner.registry.admit(inner.config.max_active_vms, promise, |id| {
                     let mut record = VmRecord::new(id, &spec, version, isolation, now());
                     let digest = digest.clone().map(|digest| ("environment_digest".to_owned(), digest));
                     record.metadata.extend(digest);
@@ -348,9 +352,10 @@ fn note_place(record: &mut VmRecord, place: &Place) {
     };
 }
 
-/// Runs a command in a VM. How it ran is told by the place, not by the record.
+/// Runs a command in a VM whose directory is `dir`. How it ran is told by the place, not by the record.
 pub(crate) async fn execute(
     place: &Place,
+    dir: &Path,
     record: &VmRecord,
     exec: ExecSpec,
     observer: &Observer,
@@ -361,7 +366,11 @@ pub(crate) async fn execute(
     let command = exec.command.display();
     let manner = place.manner().ok_or_else(|| not_started(&record.vm_id))?;
     let mut output = Output::new(observer);
-    let outcome = carry_out(place, exec, limit, &mut output, cancel).await?;
+    let outcome = tokio::select! {
+        outcome = carry_out(place, exec, limit, &mut output, cancel) => outcome?,
+        // What is given up here ends with its machine.
+        () = room::until_low(dir, || true) => ended_by(Ending::HostDiskFull, 137),
+    };
     let subject = Subject {
         vm_id: Some(record.vm_id.clone()),
         task_id: None,

@@ -8,6 +8,7 @@ use crate::kernel::KernelError;
 use crate::manifest::ManifestError;
 use crate::tool::ToolError;
 use crate::tree::TreeError;
+use crate::trust::Distrust;
 
 /// An error of the image store.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +26,17 @@ pub enum ImageError {
         path: PathBuf,
         /// The cause.
         source: io::Error,
+    },
+    /// Another user could put anything into the cache directory.
+    #[error("the environment cache {0}")]
+    Distrusted(Distrust),
+    /// What is asked for would have to be written to a cache directory that this user can only read.
+    #[error("{what}, and the environment cache '{}' can only be read", path.display())]
+    ReadOnly {
+        /// What is asked for, or missing.
+        what: String,
+        /// The cache directory.
+        path: PathBuf,
     },
     /// There is no room for a build.
     #[error("not enough disk space in '{}': {needed_mib} MiB needed, {free_mib} MiB free", path.display())]
@@ -100,7 +112,7 @@ impl ImageError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::UnknownEnvironment { .. } => "unknown_environment",
-            Self::Cache { .. } => "environment_cache",
+            Self::Cache { .. } | Self::Distrusted(_) | Self::ReadOnly { .. } => "environment_cache",
             Self::DiskSpace { .. } | Self::DiskFull => "disk_full",
             Self::Debian(error) => error.code(),
             Self::Tool(error) => error.code(),
@@ -138,6 +150,13 @@ impl ImageError {
             Self::DiskFull => Some("free some disk space, or run: pyro env prune".to_owned()),
             Self::Debian(error) => error.hint(),
             Self::Tool(error) => error.hint(),
+            Self::Distrusted(distrust) => Some(match distrust.remedy() {
+                Some(remedy) => format!("{remedy}, or set PYRO_ENVIRONMENT_CACHE_DIR to one of your own"),
+                None => "set PYRO_ENVIRONMENT_CACHE_DIR to one of your own".to_owned(),
+            }),
+            Self::ReadOnly { .. } => {
+                Some("ask its owner, or set PYRO_ENVIRONMENT_CACHE_DIR to one of your own".to_owned())
+            }
             Self::Cache { path, .. } => Some(format!("check the owner and mode of '{}'", path.display())),
             Self::Manifest { .. } => {
                 Some("use the newer pyro that wrote it, or run: pyro env prune".to_owned())

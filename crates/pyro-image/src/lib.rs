@@ -26,6 +26,7 @@ mod sparse;
 mod staging;
 mod store;
 mod tool;
+mod trust;
 
 pub use self::catalog::{CATALOG, Definition};
 pub use self::debian::DebianError;
@@ -38,3 +39,4 @@ pub use self::store::{
     TemplateBuild, TemplateEntry, TemplateFiles, TemplateShape,
 };
 pub use self::tool::ToolError;
+pub use self::trust::{Distrust, Trust};

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::SeekFrom as Region;
+use rustix::fs::{FallocateFlags, SeekFrom as Region};
 use sha2::{Digest, Sha256};
 
 use crate::digest::{self, DigestError};
@@ -29,6 +29,30 @@ pub fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
         io::copy(&mut (&source).take(data.end - data.start), &mut target)?;
     }
     target.set_len(length)
+}
+
+/// Gives back the room of a file's holes, which may have been reserved before anything was written there.
+///
+/// # Errors
+/// When the file cannot be read.
+pub(crate) fn release_holes(path: &Path) -> io::Result<()> {
+    let file = fs_err::OpenOptions::new().read(true).write(true).open(path)?.into_file();
+    let length = file.metadata()?.len();
+    let punch = |from: u64, to: u64| {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        // A file system that cannot do it has reserved nothing.
+        if from < to {
+            rustix::fs::fallocate(&file, flags, from, to - from).ok();
+        }
+    };
+    let mut end = 0;
+    for data in regions(&file, length) {
+        let data = data?;
+        punch(end, data.start);
+        end = data.end;
+    }
+    punch(end, length);
+    Ok(())
 }
 
 /// The SHA-256 of what is in a file and where, as 64 hexadecimal digits. Zeros do not count, whether they are written
@@ -116,6 +140,22 @@ mod tests {
         assert_eq!(&read, b"island");
         assert_eq!(digest(&from, &|| false).expect("read"), digest(&to, &|| false).expect("read"));
         assert_eq!(copy_sparse(&from, &to).expect_err("there").kind(), io::ErrorKind::AlreadyExists);
+    }
+
+    #[test]
+    fn what_was_reserved_and_not_written_is_given_back() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("memory");
+        let file = fs_err::File::create_new(&path).expect("created").into_file();
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, 64 << 20).expect("reserved");
+        file.write_all_at(b"island", 32 << 20).expect("written");
+        let before = digest(&path, &|| false).expect("read");
+        assert!(file.metadata().expect("there").blocks() * 512 >= 64 << 20);
+        release_holes(&path).expect("released");
+        let found = file.metadata().expect("there");
+        assert_eq!(found.len(), 64 << 20);
+        assert!(found.blocks() * 512 < 1 << 20, "{} blocks", found.blocks());
+        assert_eq!(digest(&path, &|| false).expect("read"), before);
     }
 
     #[test]

@@ -51,7 +51,8 @@ impl Program {
         let places = if name.as_bytes().contains(&b'/') {
             vec![c_string(name)?]
         } else {
-            let path = given().find(|(name, _)| *name == "PATH").map_or(OsStr::new(PATH), |(_, path)| path);
+            let path = given().find(|(name, _)| *name == "PATH").map(|(_, path)| path);
+            let path = path.unwrap_or_else(|| PATH.as_ref());
             let places = std::env::split_paths(path).map(|dir| c_string(dir.join(name).as_os_str()));
             places.collect::<io::Result<_>>()?
         };

@@ -8,13 +8,13 @@ use fs_err as fs;
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
-use std::process::{Child, Command, Output};
+use std::process::{Child, Output};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::support::{Dice, Pyro, is_root, kill, processes, start, text};
+use crate::support::{Dice, Pyro, SmallDisk, kill, processes, start, text};
 
 const WORKERS: u64 = 8;
 const CAP: usize = 4;
@@ -41,7 +41,7 @@ const CODES: &[&str] = &[
 
 struct Chaos {
     pyro: Pyro,
-    mounted: bool,
+    disk: Option<SmallDisk>,
     /// Tasks that a create has told of, and what was acknowledged of their commands: number, and output so far.
     tasks: Mutex<BTreeMap<String, BTreeMap<u64, Vec<u8>>>>,
     steps: Mutex<BTreeMap<&'static str, u64>>,
@@ -77,10 +77,10 @@ fn nothing_is_lost_or_left_whatever_is_killed() {
 impl Chaos {
     fn new() -> Self {
         let state = tempfile::tempdir().expect("a state directory");
-        let mounted = is_root() && mount(state.path());
+        let disk = SmallDisk::mount(state.path(), DISK_MIB);
         Self {
             pyro: Pyro::at(state),
-            mounted,
+            disk,
             tasks: Mutex::default(),
             steps: Mutex::default(),
             outcomes: Mutex::default(),
@@ -227,7 +227,7 @@ impl Chaos {
     }
 
     fn fill_disk(&self, dice: &mut Dice) {
-        if !self.mounted {
+        if self.disk.is_none() {
             return;
         }
         let filler = self.pyro.state().join(format!("filler-{}", dice.below(1 << 30)));
@@ -353,24 +353,12 @@ impl Chaos {
 
 impl Drop for Chaos {
     fn drop(&mut self) {
-        if self.mounted {
+        if self.disk.is_some() {
             for pid in self.pyro.processes() {
                 kill(pid, "KILL");
             }
-            #[expect(clippy::disallowed_methods, reason = "umount(8) needs no owner")]
-            drop(Command::new("umount").arg("-l").arg(self.pyro.state()).status());
         }
     }
-}
-
-/// A small disk, so that it can be filled.
-fn mount(on: &Path) -> bool {
-    #[expect(clippy::disallowed_methods, reason = "mount(8) needs no owner")]
-    let mounted = Command::new("mount")
-        .args(["-t", "tmpfs", "-o", &format!("size={DISK_MIB}m"), "tmpfs"])
-        .arg(on)
-        .status();
-    mounted.is_ok_and(|status| status.success())
 }
 
 fn parent(pid: i32) -> Option<i32> {

@@ -90,6 +90,10 @@ fn config(pyro: &Pyro) -> EngineConfig {
         firecracker: None,
         template_limit_mib: 4096,
         spare: false,
+        unconfined_vmm: false,
+        runtime_dir: None,
+        memory_overcommit: 1.0,
+        disk_overcommit: 100.0,
         // What was given up may hold its slot for a moment longer.
         max_active_vms: 16,
         max_ttl_seconds: 3600,

@@ -52,7 +52,12 @@ fn failure_4_a_corrupt_record_stops_nobody_else() {
     for id in [&good, &another] {
         pyro.ok(&["task", "delete", id]);
     }
-    fs::remove_dir_all(pyro.state().join("quarantine").join(&bad)).expect("kept for a person to remove");
+    assert!(
+        pyro.state().join("quarantine").join(&bad).join("overlay.ext4").exists(),
+        "kept for a person to see"
+    );
+    pyro.ok(&["task", "delete", &bad]);
+    assert_eq!(pyro.json(&["task", "delete", &bad, "--json"])["code"], "not_found");
     pyro.until("the supervisors are gone", |pyro| pyro.processes().is_empty());
     pyro.assert_empty();
 }

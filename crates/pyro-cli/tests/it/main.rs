@@ -9,6 +9,7 @@ mod doctor;
 mod drops;
 mod failures;
 mod kill;
+mod ledger;
 mod odd_host;
 mod power_loss;
 mod run;

@@ -13,6 +13,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Pyro {
     state: TempDir,
+    /// What other tests promise to their machines is no concern of this one's.
+    runtime: TempDir,
     cache: PathBuf,
     /// Words before the command: what it is run by.
     wrapper: Vec<String>,
@@ -24,7 +26,8 @@ impl Pyro {
     }
 
     pub(crate) fn at(state: TempDir) -> Self {
-        Self { state, cache: environments(), wrapper: Vec::new() }
+        let runtime = tempfile::tempdir().expect("a runtime directory");
+        Self { state, runtime, cache: environments(), wrapper: Vec::new() }
     }
 
     /// One that finds no QEMU: in a mount namespace of its own, something else is in its place.
@@ -59,6 +62,11 @@ impl Pyro {
         self.state.path()
     }
 
+    /// Where this pyro writes down what it has promised.
+    pub(crate) fn runtime(&self) -> &Path {
+        self.runtime.path()
+    }
+
     pub(crate) fn task_file(&self, id: &str, name: &str) -> PathBuf {
         self.state().join("tasks").join(id).join(name)
     }
@@ -76,6 +84,7 @@ impl Pyro {
         command
             .args(line)
             .env("PYRO_STATE_DIR", self.state())
+            .env("PYRO_RUNTIME_DIR", self.runtime.path())
             .env("PYRO_ENVIRONMENT_CACHE_DIR", &self.cache)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -169,6 +178,26 @@ impl Drop for Pyro {
         for pid in self.processes() {
             kill(pid, "KILL");
         }
+    }
+}
+
+/// A small disk, so that it can be filled. Dropping it kills what still uses it.
+pub(crate) struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// Mounts one there; none where this user cannot.
+    pub(crate) fn mount(on: &Path, mib: u64) -> Option<Self> {
+        let mounted = is_root()
+            && run(Command::new("mount")
+                .args(["-t", "tmpfs", "-o", &format!("size={mib}m,mode=700"), "tmpfs"])
+                .arg(on));
+        mounted.then(|| Self(on.to_owned()))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        run(Command::new("umount").arg("-l").arg(&self.0));
     }
 }
 

@@ -82,7 +82,8 @@ fn sixteen_clones_share_nothing_that_must_be_ones_own() {
     let ids: Vec<String> = std::thread::scope(|scope| {
         let create = || {
             let mut command = pyro.command(&["task", "create", "debian:12", "--mem-mib", "512", "--json"]);
-            let child = crate::support::start(command.env("PYRO_MAX_ACTIVE_VMS", CLONES.to_string()));
+            command.env("PYRO_MAX_ACTIVE_VMS", CLONES.to_string()).env("PYRO_MEMORY_OVERCOMMIT", "9");
+            let child = crate::support::start(&mut command);
             let output = child.wait_with_output().expect("it ends");
             let record = crate::support::parse(&output);
             assert_eq!(record["start_mode"], "restored", "{record}");

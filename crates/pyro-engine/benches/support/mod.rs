@@ -25,6 +25,9 @@ pub(crate) fn config(state: &Path, max_active_vms: u32) -> EngineConfig {
         unconfined_vmm: false,
         max_active_vms,
         max_ttl_seconds: 3600,
+        runtime_dir: None,
+        memory_overcommit: 1.0,
+        disk_overcommit: 100.0,
         supervisor: Some(variable("PYRO_TEST_PROGRAM")),
     }
 }

@@ -38,6 +38,9 @@ fn driver(backend: &str) -> Result<Had, String> {
         template_limit_mib: 0,
         spare: false,
         unconfined_vmm: false,
+        runtime_dir: None,
+        memory_overcommit: 1.0,
+        disk_overcommit: 100.0,
         supervisor: None,
     };
     let engine = Engine::open(config).expect("opened");

@@ -28,10 +28,36 @@ const MIGRATIONS: &[&str] = &[
     "
     CREATE TABLE tasks (id TEXT PRIMARY KEY, state TEXT NOT NULL) STRICT;
     ",
+    "
+    CREATE TABLE machines (
+        id TEXT PRIMARY KEY,
+        kind TEXT NOT NULL,
+        mem_mib INTEGER NOT NULL,
+        disk_mib INTEGER NOT NULL,
+        counts INTEGER NOT NULL,
+        owner TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE resources (
+        id TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        value TEXT NOT NULL,
+        PRIMARY KEY (id, kind, value)
+    ) STRICT;
+    ",
 ];
 
-/// Opens the database of a state directory; tells whether it had to be made.
-pub(super) fn open(state_dir: &Path) -> Result<(Connection, bool), Error> {
+/// The layout that a database had when it was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    /// There was none: perhaps it was lost.
+    Nothing,
+    /// An older one, without what was promised to machines.
+    Older,
+    Newest,
+}
+
+/// Opens the database of a state directory; tells what was there.
+pub(super) fn open(state_dir: &Path) -> Result<(Connection, Found), Error> {
     let failed = |error: io::Error| Error::state(state_dir, &error);
     // Two processes that switch a new database to WAL at once fail; so the first open is for one alone.
     let init = Moment::wait(&state_dir.join("registry.db.init")).map_err(failed)?;
@@ -80,7 +106,7 @@ impl From<rusqlite::Error> for Failed {
     }
 }
 
-fn open_once(state_dir: &Path) -> Result<(Connection, bool), Failed> {
+fn open_once(state_dir: &Path) -> Result<(Connection, Found), Failed> {
     let mut connection = Connection::open(state_dir.join(FILE))?;
     connection.busy_timeout(BUSY)?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
@@ -88,11 +114,11 @@ fn open_once(state_dir: &Path) -> Result<(Connection, bool), Failed> {
     connection.pragma_update(None, "synchronous", "NORMAL")?;
     // Closing it would remove the log by its name, which may be that of a newer database by then.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
-    let fresh = migrate(&mut connection)?;
-    Ok((connection, fresh))
+    let found = migrate(&mut connection)?;
+    Ok((connection, found))
 }
 
-fn migrate(connection: &mut Connection) -> Result<bool, Failed> {
+fn migrate(connection: &mut Connection) -> Result<Found, Failed> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let version: i64 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
     let version = usize::try_from(version).unwrap_or(usize::MAX);
@@ -109,7 +135,11 @@ fn migrate(connection: &mut Connection) -> Result<bool, Failed> {
         transaction.pragma_update(None, "user_version", newest)?;
         transaction.commit()?;
     }
-    Ok(version == 0)
+    Ok(match version {
+        0 => Found::Nothing,
+        _ if version < MIGRATIONS.len() => Found::Older,
+        _ => Found::Newest,
+    })
 }
 
 #[cfg(test)]
@@ -119,11 +149,11 @@ mod tests {
     #[test]
     fn a_newer_layout_is_refused_and_not_touched() {
         let dir = tempfile::tempdir().expect("a directory");
-        let (connection, fresh) = open(dir.path()).expect("opened");
-        assert!(fresh);
+        let (connection, found) = open(dir.path()).expect("opened");
+        assert_eq!(found, Found::Nothing);
         connection.pragma_update(None, "user_version", 99).expect("set");
         let error = open(dir.path()).expect_err("refused");
-        assert_eq!(error.to_string(), "the registry has layout 99; this pyro knows 2");
+        assert_eq!(error.to_string(), "the registry has layout 99; this pyro knows 3");
         let version: i64 =
             connection.pragma_query_value(None, "user_version", |row| row.get(0)).expect("read");
         assert_eq!(version, 99);
@@ -138,21 +168,21 @@ mod tests {
         let row = "INSERT INTO vms VALUES ('0123456789ab', 'started', '{}', 0.0)";
         connection.execute(row, []).expect("inserted");
         drop(connection);
-        let (connection, fresh) = open(dir.path()).expect("migrated");
-        assert!(!fresh);
+        let (connection, found) = open(dir.path()).expect("migrated");
+        assert_eq!(found, Found::Older);
         let count = |table: &str| -> i64 {
             let sql = format!("SELECT count(*) FROM {table}");
             connection.query_row(&sql, [], |row| row.get(0)).expect("counted")
         };
-        assert_eq!((count("vms"), count("tasks")), (1, 0));
+        assert_eq!((count("vms"), count("tasks"), count("machines")), (1, 0, 0));
     }
 
     #[test]
     fn what_is_no_database_is_put_aside() {
         let dir = tempfile::tempdir().expect("a directory");
         fs_err::write(dir.path().join(FILE), vec![0x5a; 8192]).expect("written");
-        let (_connection, fresh) = open(dir.path()).expect("made anew");
-        assert!(fresh && dir.path().join("registry.db.damaged").exists());
+        let (_connection, found) = open(dir.path()).expect("made anew");
+        assert!(found == Found::Nothing && dir.path().join("registry.db.damaged").exists());
     }
 
     #[test]

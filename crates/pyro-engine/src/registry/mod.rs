@@ -2,7 +2,9 @@
 //! machine, whose lock tells whether its owner lives.
 //!
 //! ```text
-//! STATE_DIR/registry.db        rows: vms (id, state, record, expiry), tasks (id, state), expired ids
+//! STATE_DIR/registry.db        rows: vms (id, state, record, expiry), tasks (id, state), expired ids; for each of vms, tasks
+//!                              and machines that become a template: what it was promised, its owner, what was made for
+//!                              it elsewhere
 //! STATE_DIR/registry.db.init   lock for opening and migrating it
 //! STATE_DIR/vms/ID/            a machine of one process, locked by it for life
 //! STATE_DIR/tasks/ID/          a task, locked by its supervisor for life; see `task`
@@ -12,28 +14,43 @@
 //! ```
 //!
 //! The lock is taken before the row becomes visible. Whoever finds a row or a directory whose lock is free
-//! knows that its owner is dead, and finishes the clean-up: the VMM has died with its owner. A directory leaves its
-//! place whole, by a rename, before anything in it is removed.
+//! knows that its owner is dead, and finishes the clean-up: the VMM has died with its owner. A lock may be held although
+//! the owner is dead, by a copy of the owner that was forked: so the row names the owner, by number, start and boot, and a
+//! dead owner's lock does not count. A directory leaves its place whole, by a rename, before anything in it is removed.
 
 mod database;
+mod owner;
+mod resources;
+mod shared;
+mod slots;
+mod sweep;
 mod tasks;
+#[cfg(test)]
+mod tests;
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::ops::{Deref, DerefMut};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
+use pyro_image::Trust;
+use rusqlite::{Connection, OptionalExtension, params};
 
+use self::database::Found;
+use self::slots::Asking;
+use crate::budget::Promise;
 use crate::error::{Error, ErrorKind};
 use crate::files;
 use crate::lock::{self, Attempt};
-use crate::record::VmRecord;
+use crate::record::{VmRecord, VmState};
 
+pub(crate) use self::owner::Owner;
+pub(crate) use self::resources::Resource;
+pub(crate) use self::slots::{Bounds, this_process};
+pub(crate) use self::sweep::Swept;
 pub(crate) use self::tasks::TaskLock;
 
 /// How long an expired machine is remembered, so that one caller can be told, in seconds.
@@ -46,6 +63,9 @@ const LIVE: &str = "SELECT (SELECT count(*) FROM vms WHERE state <> 'stopped')
 #[derive(Debug)]
 pub(crate) struct Registry {
     state_dir: PathBuf,
+    /// The same without links, by which other state directories know this one.
+    key: PathBuf,
+    bounds: Bounds,
     database: Mutex<Database>,
 }
 
@@ -64,28 +84,24 @@ pub(crate) struct Lease {
     pub(crate) lock: File,
 }
 
-/// What a sweep has done.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Swept {
-    /// Machines that dead owners have left.
-    pub(crate) vm_ids: Vec<String>,
-    /// Tasks whose time was up or that never came to be.
-    pub(crate) task_ids: Vec<String>,
-    /// What could not be mended, one sentence each.
-    pub(crate) problems: Vec<String>,
-}
-
 impl Registry {
-    pub(crate) fn open(state_dir: &Path) -> Result<Self, Error> {
-        let state_dir = std::path::absolute(state_dir).map_err(|error| Error::state(state_dir, &error))?;
-        refuse_anothers(&state_dir)?;
-        make_directories(&state_dir).map_err(|error| Error::state(&state_dir, &error))?;
-        let owner = fs_err::metadata(&state_dir).map_err(|error| Error::state(&state_dir, &error))?.uid();
-        if owner != rustix::process::geteuid().as_raw() {
-            let text = format!("the state directory '{}' belongs to another user", state_dir.display());
-            return Err(Error::new(ErrorKind::Host, text).hint("set PYRO_STATE_DIR to one of your own"));
+    pub(crate) fn open(state_dir: &Path, bounds: Bounds) -> Result<Self, Error> {
+        let failed = |error: io::Error| Error::state(state_dir, &error);
+        let state_dir = std::path::absolute(state_dir).map_err(failed)?;
+        let distrusted = match Trust::of(&state_dir).map_err(failed)? {
+            Ok(Trust::Own) => None,
+            Ok(Trust::ReadOnly) => Some((format!("'{}' can only be read", state_dir.display()), None)),
+            Err(distrust) => Some((distrust.to_string(), distrust.remedy())),
+        };
+        if let Some((what, remedy)) = distrusted {
+            let remedy = remedy.map_or_else(String::new, |remedy| format!("{remedy}, or "));
+            return Err(Error::new(ErrorKind::Host, format!("the state directory {what}"))
+                .hint(format!("{remedy}set PYRO_STATE_DIR to one of your own")));
         }
-        Ok(Self { database: Mutex::new(Database::open(&state_dir)?), state_dir })
+        refuse_anothers(&state_dir)?;
+        make_directories(&state_dir).map_err(failed)?;
+        let key = fs_err::canonicalize(&state_dir).map_err(failed)?;
+        Ok(Self { database: Mutex::new(Database::open(&state_dir)?), state_dir, key, bounds })
     }
 
     /// The directory that everything is in.
@@ -97,27 +113,39 @@ impl Registry {
     pub(crate) fn admit(
         &self,
         cap: u32,
+        promise: Promise,
         record: impl FnOnce(&str) -> VmRecord,
     ) -> Result<(Lease, VmRecord), Error> {
         let lease = self.new_lease("vms")?;
         let record = record(&lease.id);
         let row = encode(&record)?;
-        let admitted = self.take_slot(cap, |connection| {
+        let asking = Asking { id: &lease.id, kind: "vms", cap: Some(cap), promise: Some(promise) };
+        let admitted = self.take_slot(asking, |connection| {
             let sql = "INSERT OR REPLACE INTO vms (id, state, record, expires_at) VALUES (?1, ?2, ?3, ?4)";
             connection.execute(sql, params![record.vm_id, record.state.as_str(), row, record.expires_at])
         });
+        self.keep_if(admitted, lease).map(|lease| (lease, record))
+    }
+
+    /// A directory and its lock for a machine that becomes a template: it takes nobody's slot, counts as to memory and disk,
+    /// and goes by the sweep like any other's.
+    pub(crate) fn lease_directory(&self, promise: Promise) -> Result<Lease, Error> {
+        let lease = self.new_lease("vms")?;
+        let asking = Asking { id: &lease.id, kind: "vms", cap: None, promise: Some(promise) };
+        let admitted = self.take_slot(asking, |_| Ok(0));
+        self.keep_if(admitted, lease)
+    }
+
+    /// The lease of a machine that was admitted. That of one that was not is removed, and why it was not is what is told:
+    /// what cannot be removed now is found by the next sweep.
+    fn keep_if(&self, admitted: Result<(), Error>, lease: Lease) -> Result<Lease, Error> {
         match admitted {
-            Ok(()) => Ok((lease, record)),
+            Ok(()) => Ok(lease),
             Err(error) => {
-                self.remove(lease)?;
+                drop(self.remove(lease));
                 Err(error)
             }
         }
-    }
-
-    /// A machine's directory and its lock without a row: it takes no slot, and goes by the sweep like any other's.
-    pub(crate) fn lease_directory(&self) -> Result<Lease, Error> {
-        self.new_lease("vms")
     }
 
     /// Replaces a machine's row.
@@ -126,12 +154,13 @@ impl Registry {
             "UPDATE vms SET state = ?2, record = ?3 WHERE id = ?1",
             params![record.vm_id, record.state.as_str(), encode(record)?],
         )?;
-        Ok(())
+        self.set_counts(&record.vm_id, record.state != VmState::Stopped)
     }
 
     /// Gives a stopped machine its slot back, if one is free.
     pub(crate) fn readmit(&self, cap: u32, vm_id: &str) -> Result<(), Error> {
-        self.take_slot(cap, |connection| {
+        let asking = Asking { id: vm_id, kind: "vms", cap: Some(cap), promise: None };
+        self.take_slot(asking, |connection| {
             connection.execute("UPDATE vms SET state = 'started' WHERE id = ?1", [vm_id])
         })
     }
@@ -153,7 +182,7 @@ impl Registry {
 
     /// Ends a machine's record and files; its VMM must be gone.
     pub(crate) fn remove(&self, lease: Lease) -> Result<(), Error> {
-        self.discard(&lease.dir, lease.lock)?;
+        self.discard(&lease.id, &lease.dir, lease.lock)?;
         // Where the disk is too full for this, the next sweep finds a row without a directory.
         drop(self.connection().execute("DELETE FROM vms WHERE id = ?1", [&lease.id]));
         Ok(())
@@ -165,77 +194,9 @@ impl Registry {
         self.remove(lease)
     }
 
-    /// Removes what dead owners have left; what cannot be removed is told and left to the next sweep.
-    pub(crate) fn sweep(&self) -> Swept {
-        let mut swept = Swept::default();
-        self.sweep_vms(&mut swept);
-        self.sweep_tasks(&mut swept);
-        self.sweep_trash(&mut swept);
-        let old = now() - TOMBSTONE_SECONDS;
-        if let Err(error) = self.connection().execute("DELETE FROM expired WHERE at < ?1", [old]) {
-            swept.problems.push(format!("the registry: {error}"));
-        }
-        swept
-    }
-
     /// Machines that count towards the cap.
     pub(crate) fn live(&self) -> Result<u32, Error> {
         Ok(self.connection().query_row(LIVE, [], |row| row.get(0))?)
-    }
-
-    fn sweep_vms(&self, swept: &mut Swept) {
-        let mut seen = BTreeSet::new();
-        for (id, path) in self.entries("vms", &mut swept.problems) {
-            match lock::attempt(&path) {
-                Ok(Attempt::Locked(lock)) => {
-                    let removed = self
-                        .bury_if_expired(&id)
-                        .and_then(|()| self.remove(Lease { id: id.clone(), dir: path, lock }));
-                    match removed {
-                        Ok(()) => swept.vm_ids.push(id),
-                        Err(error) => swept.problems.push(error.to_string()),
-                    }
-                }
-                Ok(Attempt::Held) => {
-                    seen.insert(id);
-                }
-                Ok(Attempt::Gone) => {}
-                Err(error) => swept.problems.push(format!("{}: {error}", path.display())),
-            }
-        }
-        // A row without a directory: its owner died between the two halves of a removal.
-        let orphans = self.ids("vms").map(|ids| {
-            ids.into_iter()
-                .filter(|id| !seen.contains(id) && !self.path("vms", id).exists())
-                .collect::<Vec<_>>()
-        });
-        let removed = orphans.and_then(|ids| {
-            for id in &ids {
-                self.bury_if_expired(id)?;
-                self.connection().execute("DELETE FROM vms WHERE id = ?1", [id])?;
-            }
-            Ok(ids)
-        });
-        match removed {
-            Ok(ids) => swept.vm_ids.extend(ids),
-            Err(error) => swept.problems.push(error.to_string()),
-        }
-        swept.vm_ids.sort();
-        swept.vm_ids.dedup();
-    }
-
-    /// What was on its way out when its remover died.
-    fn sweep_trash(&self, swept: &mut Swept) {
-        for (_, path) in self.entries("trash", &mut swept.problems) {
-            let removed = match lock::attempt(&path) {
-                Ok(Attempt::Locked(_lock)) => remove_tree(&path),
-                Ok(Attempt::Held | Attempt::Gone) => Ok(()),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = removed {
-                swept.problems.push(format!("{}: {error}", path.display()));
-            }
-        }
     }
 
     fn entries(&self, kind: &str, problems: &mut Vec<String>) -> Vec<(String, PathBuf)> {
@@ -256,44 +217,6 @@ impl Registry {
             if let Attempt::Locked(lock) = lock::attempt(&dir).map_err(failed)? {
                 return Ok(Lease { id, dir, lock });
             }
-        }
-    }
-
-    /// Counts and inserts in one transaction, so that two processes never share the last slot. What dead owners
-    /// have left is removed first.
-    fn take_slot(
-        &self,
-        cap: u32,
-        insert: impl FnOnce(&Connection) -> rusqlite::Result<usize>,
-    ) -> Result<(), Error> {
-        if self.live()? >= cap {
-            drop(self.sweep());
-        }
-        let mut connection = self.connection();
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        if transaction.query_row(LIVE, [], |row| row.get::<_, u32>(0))? >= cap {
-            let text = format!("max active VMs reached ({cap}); delete old VMs first");
-            return Err(Error::new(ErrorKind::CapReached, text)
-                .hint("wait for one to end, stop or delete a task, or raise PYRO_MAX_ACTIVE_VMS"));
-        }
-        insert(&transaction)?;
-        Ok(transaction.commit()?)
-    }
-
-    /// Moves a directory out of its place, then removes it. A failure of the second half is the next sweep's.
-    fn discard(&self, dir: &Path, _lock: File) -> Result<(), Error> {
-        drop(remove_tree(&self.set_aside(dir)?));
-        Ok(())
-    }
-
-    /// Moves a directory into the trash; returns where it is now.
-    fn set_aside(&self, dir: &Path) -> Result<PathBuf, Error> {
-        let trash = self.state_dir.join("trash").join(dir.file_name().unwrap_or_default());
-        match fs_err::rename(dir, &trash) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(Error::state(&self.state_dir, &error))
-            }
-            _ => Ok(trash),
         }
     }
 
@@ -348,19 +271,37 @@ impl Registry {
 
 impl Database {
     fn open(state_dir: &Path) -> Result<Self, Error> {
-        let (connection, fresh) = database::open(state_dir)?;
-        if fresh {
-            // It was lost, perhaps: who is there all the same counts again.
-            for (id, path) in entries_of(state_dir, "vms", &mut Vec::new()) {
-                if matches!(lock::attempt(&path), Ok(Attempt::Held)) {
-                    let row = "INSERT OR IGNORE INTO vms VALUES (?1, 'started', '', ?2)";
-                    connection.execute(row, params![id, f64::MAX])?;
-                }
-            }
+        let (connection, found) = database::open(state_dir)?;
+        if found != Found::Newest {
+            find_vms_again(&connection, found, &entries_of(state_dir, "vms", &mut Vec::new()))?;
             tasks::find_tasks_again(&connection, &entries_of(state_dir, "tasks", &mut Vec::new()))?;
         }
         Ok(Self { connection, file: database::identity(state_dir) })
     }
+}
+
+/// After the database was lost, or found with an older layout: who is there all the same counts again. What a machine was
+/// promised is in its row, if that is left; its owner is unknown then, and its lock alone says whether it lives.
+fn find_vms_again(connection: &Connection, found: Found, vms: &[(String, PathBuf)]) -> rusqlite::Result<()> {
+    for (id, path) in vms {
+        if !matches!(lock::attempt(path), Ok(Attempt::Held)) {
+            continue;
+        }
+        if found == Found::Nothing {
+            let row = "INSERT OR IGNORE INTO vms VALUES (?1, 'started', '', ?2)";
+            connection.execute(row, params![id, f64::MAX])?;
+        }
+        let sql = "SELECT record FROM vms WHERE id = ?1";
+        let record: Option<String> = connection.query_row(sql, [id], |row| row.get(0)).optional()?;
+        let record = record.and_then(|text| serde_json::from_str::<VmRecord>(&text).ok());
+        let promise = record.as_ref().map_or_else(Promise::default, |record| Promise::of(record.mem_mib, 0));
+        let counts = record.is_none_or(|record| record.state != VmState::Stopped);
+        connection.execute(
+            "INSERT OR IGNORE INTO machines VALUES (?1, 'vms', ?2, ?3, ?4, '')",
+            params![id, promise.mem_mib, promise.disk_mib, counts],
+        )?;
+    }
+    Ok(())
 }
 
 /// A lock on the database that looks like its connection.
@@ -407,7 +348,7 @@ fn entries_of(state_dir: &Path, kind: &str, problems: &mut Vec<String>) -> Vec<(
 fn refuse_anothers(state_dir: &Path) -> Result<(), Error> {
     let Ok(entries) = fs_err::read_dir(state_dir) else { return Ok(()) };
     // What another process has just begun to make is ours; and a disk of its own has `lost+found`.
-    let ours = ["vms", "tasks", "trash", "quarantine", "lost+found"];
+    let ours = ["vms", "tasks", "trash", "quarantine", "cache", "lost+found"];
     let mut others = entries.flatten().filter(|entry| !ours.iter().any(|name| entry.file_name() == *name));
     if others.next().is_none()
         || state_dir.join("vms").is_dir()
@@ -433,16 +374,6 @@ fn make_directories(state_dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes a machine's directory, in the trash by now, and what a VMM may have left outside of it. A VMM whose owner has
-/// just been killed may still be dying: then it stays for the next sweep.
-fn remove_tree(path: &Path) -> io::Result<()> {
-    pyro_vmm::forget(path)?;
-    match fs_err::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed,
-    }
-}
-
 fn encode(record: &VmRecord) -> Result<String, Error> {
     serde_json::to_string(record).map_err(|error| Error::host("a record", &error))
 }
@@ -455,132 +386,4 @@ pub(crate) fn is_id(text: &str) -> bool {
 /// Epoch seconds.
 pub(crate) fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::spec::VmSpec;
-
-    fn record(id: &str) -> VmRecord {
-        VmRecord::new(id, &VmSpec::new("debian:12"), "1.0.0", "qemu-tcg", now())
-    }
-
-    #[test]
-    fn sixteen_at_once_never_pass_a_cap_of_four() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let barrier = std::sync::Barrier::new(16);
-        let admitted = std::thread::scope(|scope| {
-            let one = || {
-                let registry = Registry::open(dir.path()).expect("opened by many at once");
-                barrier.wait();
-                registry.admit(4, record)
-            };
-            let threads: Vec<_> = (0..16).map(|_| scope.spawn(one)).collect();
-            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect::<Vec<_>>()
-        });
-        let (held, refused): (Vec<_>, Vec<_>) = admitted.into_iter().partition(Result::is_ok);
-        assert_eq!((held.len(), refused.len()), (4, 12));
-        for error in refused.into_iter().filter_map(Result::err) {
-            assert_eq!(error.to_string(), "max active VMs reached (4); delete old VMs first");
-        }
-        let registry = Registry::open(dir.path()).expect("opened");
-        assert_eq!(fs_err::read_dir(dir.path().join("vms")).expect("read").count(), 4);
-        drop(held);
-        assert_eq!(registry.sweep().vm_ids.len(), 4);
-        assert_eq!(registry.live().expect("counted"), 0);
-    }
-
-    #[test]
-    fn an_expired_machine_is_told_of_once() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let registry = Registry::open(dir.path()).expect("opened");
-        let (lease, record) = registry.admit(1, record).expect("admitted");
-        registry.expire(lease).expect("expired");
-        let id = record.vm_id;
-        let text = registry.get(&id).expect_err("gone").to_string();
-        assert_eq!(text, format!("vm '{id}' expired and was automatically deleted"));
-        assert_eq!(registry.get(&id).expect_err("gone").to_string(), format!("vm '{id}' does not exist"));
-    }
-
-    #[test]
-    fn a_machine_that_expired_after_its_owner_died_is_told_of_too() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let registry = Registry::open(dir.path()).expect("opened");
-        let old = |id: &str| VmRecord::new(id, &VmSpec::new("debian:12"), "1.0.0", "qemu-tcg", 0.0);
-        let (lease, record) = registry.admit(1, old).expect("admitted");
-        drop(lease);
-        assert_eq!(registry.sweep().vm_ids, std::slice::from_ref(&record.vm_id));
-        assert_eq!(registry.get(&record.vm_id).expect_err("gone").kind(), ErrorKind::Expired);
-    }
-
-    #[test]
-    fn what_lies_about_without_an_owner_is_swept() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let registry = Registry::open(dir.path()).expect("opened");
-        let (lease, record) = registry.admit(4, record).expect("admitted");
-        fs_err::create_dir_all(dir.path().join("vms/0123456789ab/deep")).expect("made");
-        fs_err::create_dir_all(dir.path().join("trash/ba9876543210/deep")).expect("made");
-        assert_eq!(registry.sweep().vm_ids, ["0123456789ab"]);
-        assert_eq!(fs_err::read_dir(dir.path().join("trash")).expect("read").count(), 0);
-        registry.get(&record.vm_id).expect("the live one stays");
-        fs_err::remove_dir_all(&lease.dir).expect("removed");
-        assert_eq!(registry.sweep().vm_ids, [record.vm_id]);
-    }
-
-    #[test]
-    fn what_is_not_pyros_is_told_and_stops_nobody() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let registry = Registry::open(dir.path()).expect("opened");
-        fs_err::write(dir.path().join("vms/junk"), "").expect("written");
-        fs_err::write(dir.path().join("vms/0123456789ab"), "").expect("written");
-        let swept = registry.sweep();
-        assert_eq!((swept.vm_ids.len(), swept.problems.len()), (0, 2), "{swept:?}");
-        drop(registry.admit(1, record).expect("admitted all the same"));
-    }
-
-    #[test]
-    fn a_lost_database_forgets_nobody_who_lives() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let registry = Registry::open(dir.path()).expect("opened");
-        let _held = registry.admit(1, record).expect("admitted");
-        drop(registry);
-        for end in ["", "-wal", "-shm"] {
-            drop(fs_err::remove_file(dir.path().join(format!("registry.db{end}"))));
-        }
-        let registry = Registry::open(dir.path()).expect("made anew");
-        assert_eq!(registry.live().expect("counted"), 1);
-        assert_eq!(registry.admit(1, record).expect_err("full").kind(), ErrorKind::CapReached);
-    }
-
-    #[test]
-    fn a_state_directory_is_private() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let state = dir.path().join("state");
-        fs_err::create_dir(&state).expect("made");
-        fs_err::set_permissions(&state, std::fs::Permissions::from_mode(0o755)).expect("opened up");
-        drop(Registry::open(&state).expect("opened"));
-        assert_eq!(fs_err::metadata(&state).expect("there").permissions().mode() & 0o777, 0o700);
-    }
-
-    #[test]
-    fn removals_and_sweeps_at_once_disturb_nobody() {
-        let dir = tempfile::tempdir().expect("a directory");
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    let registry = Registry::open(dir.path()).expect("opened");
-                    for _ in 0..50 {
-                        let (lease, _) = registry.admit(8, record).expect("admitted");
-                        fs_err::write(lease.dir.join("file"), "x").expect("still ours");
-                        let id = lease.id.clone();
-                        assert!(!registry.sweep().vm_ids.contains(&id), "a living owner is left alone");
-                        registry.remove(lease).expect("removed");
-                    }
-                });
-            }
-        });
-        let registry = Registry::open(dir.path()).expect("opened");
-        assert_eq!((registry.live().expect("counted"), registry.sweep()), (0, Swept::default()));
-    }
 }

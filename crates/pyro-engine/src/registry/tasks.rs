@@ -10,9 +10,13 @@ use std::path::PathBuf;
 
 use rusqlite::{Connection, params};
 
+use super::slots::Asking;
 use super::{Lease, Registry, Swept};
+use crate::budget::Promise;
 use crate::error::{Error, ErrorKind};
+use crate::files;
 use crate::lock::{self, Attempt};
+use crate::record::VmState;
 use crate::task::{TaskDirectory, TaskFile, TaskFileError};
 
 /// Whether a task has a supervisor, found out by its lock.
@@ -26,15 +30,21 @@ pub(crate) enum TaskLock {
 
 impl Registry {
     /// Takes a slot for a new task: directory, lock, row in the state `creating`.
-    pub(crate) fn bear_task(&self, cap: u32) -> Result<Lease, Error> {
+    pub(crate) fn bear_task(&self, cap: u32, promise: Promise) -> Result<Lease, Error> {
         let lease = self.new_lease("tasks")?;
-        let admitted = self.take_slot(cap, |connection| {
+        let asking = Asking { id: &lease.id, kind: "tasks", cap: Some(cap), promise: Some(promise) };
+        let admitted = self.take_slot(asking, |connection| {
             connection.execute("INSERT OR REPLACE INTO tasks VALUES (?1, 'creating')", [&lease.id])
         });
-        match admitted {
+        // After a loss of power, a task that was told of is there.
+        let tasks = self.state_dir.join("tasks");
+        let durable = admitted
+            .and_then(|()| files::sync_directory(&tasks).map_err(|error| Error::state(&tasks, &error)));
+        match durable {
             Ok(()) => Ok(lease),
             Err(error) => {
-                self.remove_task(&lease.id, lease.lock)?;
+                // Why it was not admitted is what is told; what cannot be removed now is found by the next sweep.
+                drop(self.remove_task(&lease.id, lease.lock));
                 Err(error)
             }
         }
@@ -42,7 +52,8 @@ impl Registry {
 
     /// Gives a stopped task its slot back, if one is free.
     pub(crate) fn readmit_task(&self, cap: u32, id: &str) -> Result<(), Error> {
-        self.take_slot(cap, |connection| {
+        let asking = Asking { id, kind: "tasks", cap: Some(cap), promise: None };
+        self.take_slot(asking, |connection| {
             connection.execute("INSERT OR REPLACE INTO tasks VALUES (?1, 'started')", [id])
         })
     }
@@ -50,7 +61,7 @@ impl Registry {
     /// Says in the registry what the task's record says.
     pub(crate) fn set_task_state(&self, id: &str, state: &str) -> Result<(), Error> {
         self.connection().execute("INSERT OR REPLACE INTO tasks VALUES (?1, ?2)", params![id, state])?;
-        Ok(())
+        self.set_counts(id, state != VmState::Stopped.as_str())
     }
 
     /// Where the directory of a task is or was.
@@ -71,7 +82,7 @@ impl Registry {
             let kept = self.path("quarantine", id);
             let text = format!("task '{id}' is damaged: its record cannot be read");
             return Err(Error::new(ErrorKind::Damaged, text).hint(format!(
-                "what is left of it is in '{}'; remove it when you are done",
+                "what is left of it is in '{}'; when you are done, run: pyro task delete {id}",
                 kept.display()
             )));
         }
@@ -98,7 +109,7 @@ impl Registry {
     }
 
     fn lock_under_repair(&self, id: &str, directory: &TaskDirectory) -> Result<TaskLock, Error> {
-        match lock::attempt(directory.path()).map_err(|error| Error::state(directory.path(), &error))? {
+        match self.attempt(id, directory.path()).map_err(|error| Error::state(directory.path(), &error))? {
             Attempt::Held => Ok(TaskLock::Held),
             Attempt::Gone => Err(self.missing("task", id)),
             Attempt::Locked(lock) => self.put_in_order(id, directory, lock),
@@ -109,7 +120,7 @@ impl Registry {
     fn put_in_order(&self, id: &str, directory: &TaskDirectory, lock: File) -> Result<TaskLock, Error> {
         let failed = |error: io::Error| Error::state(directory.path(), &error);
         // Also of a task that is put aside. Where its VMM is still dying, its next start or its end does it.
-        drop(pyro_vmm::forget(directory.path()));
+        drop(self.remove_resources(id, directory.path()));
         let mut file = match TaskFile::read(directory) {
             Ok(Some(file)) => file,
             Ok(None) => {
@@ -144,8 +155,19 @@ impl Registry {
     pub(crate) fn remove_task(&self, id: &str, _lock: File) -> Result<(), Error> {
         let trash = self.take_out(id)?;
         // What cannot be removed now is the next sweep's.
-        drop(super::remove_tree(&trash));
+        drop(self.remove_tree(id, &trash));
         Ok(())
+    }
+
+    /// Removes a task that is damaged and was put aside; whether there was one.
+    pub(crate) fn remove_quarantined(&self, id: &str) -> Result<bool, Error> {
+        let quarantined = self.path("quarantine", id);
+        if !super::is_id(id) || !quarantined.is_dir() {
+            return Ok(false);
+        }
+        let trash = self.set_aside(id, &quarantined)?;
+        drop(self.remove_tree(id, &trash));
+        Ok(true)
     }
 
     /// Moves a task out of its place. The record goes first: a directory without one is of a task that never was
@@ -154,7 +176,7 @@ impl Registry {
     fn take_out(&self, id: &str) -> Result<PathBuf, Error> {
         let directory = self.task_path(id);
         directory.remove_record().map_err(|error| Error::state(directory.path(), &error))?;
-        let trash = self.set_aside(directory.path())?;
+        let trash = self.set_aside(id, directory.path())?;
         drop(self.forget_task(id));
         Ok(trash)
     }
@@ -211,21 +233,30 @@ impl Registry {
     /// Makes the row of a task with a supervisor, where there is none.
     fn count_again(&self, id: &str) -> Result<(), Error> {
         if let Ok(Some(file)) = TaskFile::read(&self.task_path(id)) {
-            let row = "INSERT OR IGNORE INTO tasks VALUES (?1, ?2)";
-            self.connection().execute(row, params![id, file.state.as_str()])?;
+            insert_again(&self.connection(), id, Some(&file))?;
         }
         Ok(())
     }
 }
 
-/// After the database was lost: tasks with a supervisor, or about to get one, count again.
+/// After the database was lost, or found with an older layout: tasks with a supervisor, or about to get one, count again.
 pub(super) fn find_tasks_again(connection: &Connection, tasks: &[(String, PathBuf)]) -> rusqlite::Result<()> {
     for (id, path) in tasks {
-        let state = match TaskFile::read(&TaskDirectory::new(path.clone())) {
-            Ok(Some(file)) => file.state.as_str(),
-            _ => "creating",
-        };
-        connection.execute("INSERT OR IGNORE INTO tasks VALUES (?1, ?2)", params![id, state])?;
+        let file = TaskFile::read(&TaskDirectory::new(path.clone())).ok().flatten();
+        insert_again(connection, id, file.as_ref())?;
     }
+    Ok(())
+}
+
+/// Makes the rows of a task from its record, where there are none. Its owner is unknown, and its lock alone says whether it
+/// lives.
+fn insert_again(connection: &Connection, id: &str, file: Option<&TaskFile>) -> rusqlite::Result<()> {
+    let state = file.map_or("creating", |file| file.state.as_str());
+    connection.execute("INSERT OR IGNORE INTO tasks VALUES (?1, ?2)", params![id, state])?;
+    let promise = file.map_or_else(Promise::default, TaskFile::promise);
+    connection.execute(
+        "INSERT OR IGNORE INTO machines VALUES (?1, 'tasks', ?2, ?3, ?4, '')",
+        params![id, promise.mem_mib, promise.disk_mib, state != VmState::Stopped.as_str()],
+    )?;
     Ok(())
 }

@@ -115,7 +115,7 @@ impl Supervisor {
         entry.status = match outcome.fault {
             None | Some(Fault::OutOfMemory | Fault::OutputLimit) => EntryStatus::Finished,
             // The guest's disk was full, or the host's: only the latter has ended the command.
-            Some(Fault::DiskFull) if reason.is_none() => EntryStatus::Finished,
+            Some(Fault::DiskFull) if outcome.words.is_none() => EntryStatus::Finished,
             Some(Fault::Timeout) => EntryStatus::TimedOut,
             Some(_) => EntryStatus::Interrupted,
         };

@@ -99,6 +99,11 @@ impl Commands {
         }
     }
 
+    /// Whether none runs.
+    pub(super) fn is_idle(&self) -> bool {
+        *self.count.borrow() == 0
+    }
+
     /// Asks all commands to end, and waits until they have: each gives up by itself in bounded time.
     pub(super) async fn end_all(&self, ending: Ending) {
         {

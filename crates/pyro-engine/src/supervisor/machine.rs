@@ -16,6 +16,7 @@ use crate::live::{Boot, Fresh, OVERLAY};
 use crate::owner::{Inbox, Owned};
 use crate::place::{Place, Terms};
 use crate::record::VmState;
+use crate::room;
 use crate::task::TaskFile;
 
 /// Between two attempts at a full disk, which has no event for having room again.
@@ -28,17 +29,24 @@ pub(super) struct TaskMachine {
     lock: Option<File>,
     /// That the task is stopped is not on the disk yet; why it was.
     unwritten: Option<Option<String>>,
+    /// Whether the guest waits for room on the host's disk.
+    is_paused: bool,
 }
 
 /// What happens to a task by itself.
 pub(super) enum Event {
     GuestEnded(MachineExit),
+    /// The host's disk is nearly full.
+    DiskIsLow,
+    /// It has room again for a guest that waits for it.
+    DiskHasRoom,
+    /// It may have room again for a record that could not be written.
     DiskMayHaveRoom,
 }
 
 impl TaskMachine {
     pub(super) fn new(supervisor: Arc<Supervisor>, lock: File) -> Self {
-        Self { supervisor, lock: Some(lock), unwritten: None }
+        Self { supervisor, lock: Some(lock), unwritten: None, is_paused: false }
     }
 
     /// Leaves the task without a place where a command could begin.
@@ -163,6 +171,12 @@ impl Owned for TaskMachine {
         }
         let place = self.take_place();
         self.supervisor.commands.end_all(Ending::Stopped(Noun::Task)).await;
+        if let Place::Guest(running) = &place
+            && std::mem::take(&mut self.is_paused)
+        {
+            // What it has to write now is little.
+            running.machine.resume().await.ok();
+        }
         place.power_off().await;
         self.settle_entries().await;
         self.note_stopped(why.map(str::to_owned))
@@ -211,8 +225,23 @@ impl Owned for TaskMachine {
                 Place::None | Place::Host(_) => std::future::pending().await,
             }
         };
+        let dir = self.supervisor.directory.path();
+        let disk = async {
+            match (&place, self.is_paused) {
+                (Place::Guest(_), false) => {
+                    room::until_low(dir, || !self.supervisor.commands.is_idle()).await;
+                    Event::DiskIsLow
+                }
+                (Place::Guest(_), true) => {
+                    room::until_back(dir).await;
+                    Event::DiskHasRoom
+                }
+                (Place::None | Place::Host(_), _) => std::future::pending().await,
+            }
+        };
         tokio::select! {
             exit = guest_ended => Event::GuestEnded(exit),
+            event = disk => event,
             () = tokio::time::sleep(AGAIN), if self.unwritten.is_some() => Event::DiskMayHaveRoom,
         }
     }
@@ -220,6 +249,7 @@ impl Owned for TaskMachine {
     async fn take_note(&mut self, event: Event) {
         match event {
             Event::GuestEnded(exit) => {
+                self.is_paused = false;
                 drop(self.take_place());
                 // They are in the journal before the task says stopped; also those whose callers do not read.
                 self.supervisor.commands.end_all(Ending::GuestLost).await;
@@ -229,6 +259,25 @@ impl Owned for TaskMachine {
                     MachineEnd::Crashed | MachineEnd::Killed => "vmm_lost",
                 };
                 drop(self.note_stopped(Some(format!("{name}: {}", exit.status))));
+            }
+            Event::DiskIsLow => {
+                complain("the disk of the host is nearly full: commands are ended, and the guest waits");
+                let place = self.supervisor.place.borrow().clone();
+                if let Place::Guest(running) = &place {
+                    // First of all the guest stops writing: a command that is ended leaves it with much that is not on its
+                    // disk yet. A guest that is gone meanwhile is the next event.
+                    running.machine.pause().await.ok();
+                    self.is_paused = true;
+                }
+                self.supervisor.commands.end_all(Ending::HostDiskFull).await;
+            }
+            Event::DiskHasRoom => {
+                let place = self.supervisor.place.borrow().clone();
+                if let Place::Guest(running) = &place {
+                    running.machine.resume().await.ok();
+                }
+                self.is_paused = false;
+                self.supervisor.commands.reopen();
             }
             Event::DiskMayHaveRoom => {
                 if let Some(why) = self.unwritten.take() {

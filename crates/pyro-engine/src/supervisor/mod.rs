@@ -77,7 +77,7 @@ pub async fn supervise() -> io::Result<()> {
     let (kind, id) = (order.kind, order.file.task_id.clone());
     let config = EngineConfig::from(order.config);
     let state_dir = config.state_dir.clone();
-    let supervisor = match Supervisor::open(config, order.file, order.cold, lock) {
+    let supervisor = match Supervisor::open(config, order.file, &order.owner, order.cold, lock) {
         Ok(supervisor) => supervisor,
         Err((error, lock)) => {
             abandon(&state_dir, &id, kind, lock);
@@ -139,10 +139,11 @@ impl Supervisor {
     fn open(
         config: EngineConfig,
         file: TaskFile,
+        former: &str,
         cold: bool,
         lock: File,
     ) -> Result<Arc<Self>, (Error, File)> {
-        let (engine, directory, environment, last) = match Self::prepare(config, &file) {
+        let (engine, directory, environment, last) = match Self::prepare(config, &file, former) {
             Ok(opened) => opened,
             Err(error) => return Err((error, lock)),
         };
@@ -170,8 +171,11 @@ impl Supervisor {
     fn prepare(
         config: EngineConfig,
         file: &TaskFile,
+        former: &str,
     ) -> Result<(Engine, TaskDirectory, Option<Environment>, u64), Error> {
         let engine = Engine::open_as_is(config)?;
+        // From here on the task dies with this process, and not with the one that made it.
+        engine.inner.registry.adopt(&file.task_id, former)?;
         let path: PathBuf = engine.inner.registry.state_dir().join("tasks").join(&file.task_id);
         let directory = TaskDirectory::new(path);
         let failed = |error: io::Error| Error::state(directory.path(), &error);

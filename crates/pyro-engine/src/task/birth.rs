@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind};
 use crate::files;
 use crate::observe::{Observer, Phase};
 use crate::record::VmState;
-use crate::registry::{Registry, now};
+use crate::registry::{Registry, now, this_process};
 use crate::spec::VmSpec;
 use crate::task::file::{LAYOUT_VERSION, TaskFile, boot_id, boottime};
 use crate::task::{TaskDirectory, TaskRecord, socket};
@@ -46,6 +46,8 @@ pub(crate) struct Order {
     pub(crate) cold: bool,
     pub(crate) config: OrderConfig,
     pub(crate) file: TaskFile,
+    /// The process that gives the order, by which the task's row knows its owner until the supervisor takes over.
+    pub(crate) owner: String,
 }
 
 /// The engine's configuration, with paths of any bytes.
@@ -61,6 +63,9 @@ pub(crate) struct OrderConfig {
     unconfined_vmm: bool,
     max_active_vms: u32,
     max_ttl_seconds: u32,
+    runtime_dir: Option<OsString>,
+    memory_overcommit: f64,
+    disk_overcommit: f64,
 }
 
 /// What a supervisor answers, once.
@@ -83,6 +88,9 @@ impl From<&EngineConfig> for OrderConfig {
             unconfined_vmm: config.unconfined_vmm,
             max_active_vms: config.max_active_vms,
             max_ttl_seconds: config.max_ttl_seconds,
+            runtime_dir: config.runtime_dir.clone().map(Into::into),
+            memory_overcommit: config.memory_overcommit,
+            disk_overcommit: config.disk_overcommit,
         }
     }
 }
@@ -101,6 +109,9 @@ impl From<OrderConfig> for EngineConfig {
             unconfined_vmm: config.unconfined_vmm,
             max_active_vms: config.max_active_vms,
             max_ttl_seconds: config.max_ttl_seconds,
+            runtime_dir: config.runtime_dir.map(Into::into),
+            memory_overcommit: config.memory_overcommit,
+            disk_overcommit: config.disk_overcommit,
             supervisor: None,
         }
     }
@@ -163,7 +174,7 @@ impl Engine {
         let (mut unborn, file) = self
             .blocking(move || {
                 let inner = &engine.inner;
-                let lease = inner.registry.bear_task(inner.config.max_active_vms)?;
+                let lease = inner.registry.bear_task(inner.config.max_active_vms, file.promise())?;
                 let directory = TaskDirectory::new(lease.dir.clone());
                 let unborn = Unborn {
                     registry: Arc::clone(&inner.registry),
@@ -225,7 +236,8 @@ impl Engine {
         let directory = TaskDirectory::new(inner.registry.state_dir().join("tasks").join(&id));
         let failed = |what: &str, error: &io::Error| Error::host(what, error);
         let listener = socket::bind(&directory).map_err(|error| failed("the task's socket", &error))?;
-        let order = Order { kind, cold, config: OrderConfig::from(&inner.config), file };
+        let config = OrderConfig::from(&inner.config);
+        let order = Order { kind, cold, config, file, owner: this_process() };
         let order = serde_json::to_vec(&order).map_err(|error| Error::host("the order", &error))?;
         let (order_read, order_write) = io::pipe().map_err(|error| failed("a pipe", &error))?;
         let (ready_read, ready_write) = io::pipe().map_err(|error| failed("a pipe", &error))?;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::budget::Promise;
 use crate::error::{Error, ErrorKind};
 use crate::files;
 use crate::record::VmState;
@@ -108,6 +109,12 @@ impl TaskFile {
         let bytes = serde_json::to_vec_pretty(self).map_err(io::Error::other)?;
         files::put(&directory.record(), &bytes)?;
         files::sync_directory(directory.path())
+    }
+
+    /// What the host owes it while it runs; nothing where its commands run on the host.
+    pub(crate) fn promise(&self) -> Promise {
+        let has_guest = !self.environment_digest.is_empty();
+        if has_guest { Promise::of(self.mem_mib, self.disk_mib) } else { Promise::default() }
     }
 
     /// What is left of its life: by the clock of this boot, else by the wall's.

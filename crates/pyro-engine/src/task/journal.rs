@@ -17,6 +17,8 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +30,9 @@ use crate::task::record::OutputRange;
 
 /// What is kept of each stream of a command, in bytes; the rest is dropped, and the entry says so.
 pub(crate) const STREAM_LIMIT: u64 = 64 << 20;
+/// What is kept of all commands of a task together, in bytes: their output, and their own words. What comes after that is
+/// dropped as well, and the entries say so.
+pub(crate) const JOURNAL_LIMIT: u64 = 1 << 30;
 /// A command may be long: 1 MiB of arguments, which JSON may write in six bytes each.
 pub(crate) const MOST_ENTRY: u64 = 8 << 20;
 
@@ -87,11 +92,21 @@ pub struct JournalEntry {
 #[derive(Clone, Debug)]
 pub(crate) struct Journal {
     dir: PathBuf,
+    /// What is kept so far, in bytes; known once somebody has asked.
+    kept: Arc<OnceLock<AtomicU64>>,
 }
 
 impl Journal {
     pub(crate) fn new(dir: PathBuf) -> Self {
-        Self { dir }
+        Self { dir, kept: Arc::default() }
+    }
+
+    /// What is kept of all commands, counted when it is first asked for. Only the writer, who alone adds to it, asks.
+    pub(super) fn kept(&self) -> &AtomicU64 {
+        self.kept.get_or_init(|| {
+            let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
+            AtomicU64::new(entries.filter_map(|entry| Some(entry.metadata().ok()?.len())).sum())
+        })
     }
 
     pub(super) fn path(&self) -> &Path {

@@ -30,7 +30,7 @@ impl Engine {
         max_bytes: Option<u64>,
     ) -> Result<Option<LogEntry>, Error> {
         self.in_journal(task_id, move |journal| {
-            let mut budget = max_bytes.unwrap_or(MOST_BYTES);
+            let mut budget = Budget { output: max_bytes.unwrap_or(MOST_BYTES), commands: MOST_COMMAND_BYTES };
             read_one(journal, sequence, &mut budget)
         })
         .await
@@ -96,6 +96,16 @@ impl Engine {
 
 /// Output of all entries together, where nothing else is asked for.
 const MOST_BYTES: u64 = 16 << 20;
+/// The words of all commands together: each may have 2 MiB, and a task ten thousand of them.
+const MOST_COMMAND_BYTES: usize = 4 << 20;
+/// What of a command's words is shown in any case.
+const LEAST_COMMAND_BYTES: usize = 256;
+
+/// What one answer may still hold, in bytes.
+struct Budget {
+    output: u64,
+    commands: usize,
+}
 
 fn read(journal: &Journal, query: LogQuery) -> std::io::Result<Vec<LogEntry>> {
     let mut sequences = journal.sequences()?;
@@ -104,7 +114,7 @@ fn read(journal: &Journal, query: LogQuery) -> std::io::Result<Vec<LogEntry>> {
         sequences.drain(..sequences.len().saturating_sub(limit));
     }
     // The newest entries have the first claim on it.
-    let mut budget = query.max_bytes.unwrap_or(MOST_BYTES);
+    let mut budget = Budget { output: query.max_bytes.unwrap_or(MOST_BYTES), commands: MOST_COMMAND_BYTES };
     let mut entries = Vec::with_capacity(sequences.len());
     for sequence in sequences.into_iter().rev() {
         entries.extend(read_one(journal, sequence, &mut budget)?);
@@ -114,11 +124,13 @@ fn read(journal: &Journal, query: LogQuery) -> std::io::Result<Vec<LogEntry>> {
 }
 
 /// One entry with its output, of which no more than what the budget has left.
-fn read_one(journal: &Journal, sequence: u64, budget: &mut u64) -> std::io::Result<Option<LogEntry>> {
-    let Some(entry) = journal.entry(sequence)? else { return Ok(None) };
+fn read_one(journal: &Journal, sequence: u64, budget: &mut Budget) -> std::io::Result<Option<LogEntry>> {
+    let Some(mut entry) = journal.entry(sequence)? else { return Ok(None) };
+    entry.command = capture::cut(entry.command, budget.commands.max(LEAST_COMMAND_BYTES));
+    budget.commands = budget.commands.saturating_sub(entry.command.len());
     let mut text = |stream| -> std::io::Result<(String, bool)> {
-        let (text, cut) = journal.text(sequence, stream, (*budget).min(capture::LIMIT as u64))?;
-        *budget = budget.saturating_sub(text.len() as u64);
+        let (text, cut) = journal.text(sequence, stream, budget.output.min(capture::LIMIT as u64))?;
+        budget.output = budget.output.saturating_sub(text.len() as u64);
         Ok((text, cut))
     };
     let (stdout, stdout_cut) = text(Stream::Stdout)?;
@@ -155,5 +167,18 @@ mod tests {
         assert_eq!(cut, [true, true, false, false], "the newest are whole");
         assert!(dir.path().join("000001.json").exists());
         assert_eq!(read(&journal, LogQuery::default()).expect("read").len(), 20);
+    }
+
+    #[test]
+    fn the_words_of_long_commands_are_cut_where_there_are_many() {
+        let (_dir, journal) = journal();
+        for sequence in 1..=10 {
+            drop(begin(&journal, sequence, &"x".repeat(1 << 20)).expect("begun"));
+        }
+        let entries = read(&journal, LogQuery::default()).expect("read");
+        let lengths: Vec<usize> = entries.iter().map(|entry| entry.entry.command.len()).collect();
+        assert_eq!(lengths[6..], [1 << 20; 4], "the newest are whole");
+        assert!(lengths[..6].iter().all(|length| *length < 300), "{lengths:?}");
+        assert!(entries[0].entry.command.ends_with(" more bytes)"), "{}", entries[0].entry.command);
     }
 }

@@ -19,7 +19,9 @@ pub(crate) use self::birth::{CONTROL_FD, Kind, LOCK_FD, READY_FD, Report, read_o
 use self::client::Client;
 pub(crate) use self::client::{supervisor_proto, to_status};
 pub(crate) use self::directory::TaskDirectory;
-pub(crate) use self::file::{TaskFile, TaskFileError};
+#[cfg(test)]
+pub(crate) use self::file::tests::file as test_file;
+pub(crate) use self::file::{TaskFile, TaskFileError, boot_id};
 pub use self::journal::{EntryStatus, JournalEntry};
 pub use self::record::{
     DeletedTask, Detached, LastCommand, LogEntry, LogQuery, OutputRange, TaskList, TaskLogs, TaskRecord,
@@ -135,6 +137,15 @@ impl Engine {
                     break;
                 }
                 Err(error) if asked && error.kind() == ErrorKind::NotFound => break,
+                Err(error) if error.kind() == ErrorKind::Damaged => {
+                    let (engine, id) = (self.clone(), task_id.to_owned());
+                    let removed =
+                        self.blocking(move || engine.inner.registry.remove_quarantined(&id)).await?;
+                    if removed {
+                        break;
+                    }
+                    return Err(error);
+                }
                 Err(error) => return Err(error),
             }
         }

@@ -11,17 +11,22 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering::Relaxed;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
-use super::journal::{EntryStatus, Journal, JournalEntry, MOST_ENTRY, STREAM_LIMIT};
+use super::journal::{EntryStatus, JOURNAL_LIMIT, Journal, JournalEntry, MOST_ENTRY, STREAM_LIMIT};
 use super::starts::{self, Slot, Starts};
+use crate::capture;
 use crate::files;
 use crate::guest::Stream;
 use crate::place::Manner;
 use crate::record::Fault;
 use crate::registry::now;
+
+/// What an entry keeps of a command's words once the journal is full, in bytes.
+const COMMAND_IN_FULL_JOURNAL: usize = 1024;
 
 /// What is about to be run.
 #[derive(Clone, Debug)]
@@ -59,9 +64,10 @@ impl Journal {
             files::remove_if_there(&self.output(sequence, stream))?;
         }
         let started_at = now();
+        let is_full = self.kept().load(Relaxed) + new.command.len() as u64 > JOURNAL_LIMIT;
         let entry = JournalEntry {
             sequence,
-            command: new.command,
+            command: if is_full { capture::cut(new.command, COMMAND_IN_FULL_JOURNAL) } else { new.command },
             cwd: new.cwd,
             status: EntryStatus::Running,
             exit_code: None,
@@ -96,6 +102,7 @@ impl Journal {
     fn write_start(&self, entry: &JournalEntry, starts: Option<&Starts>) -> io::Result<Option<Slot>> {
         let (next, path) = (self.next(), self.json(entry.sequence));
         let bytes = json(entry)?;
+        self.kept().fetch_add(bytes.len() as u64, Relaxed);
         let file = write_to(&next, &bytes)?;
         let name = || files::rename_new(&next, &path);
         let slot = starts.and_then(|starts| Some((starts, starts.slot_for(&bytes)?)));
@@ -284,7 +291,7 @@ impl Journal {
 }
 
 impl Writer {
-    /// Appends output. What is past the limit is counted and dropped.
+    /// Appends output. What is past the limits, of the stream and of all commands together, is counted and dropped.
     ///
     /// # Errors
     /// When the file system refuses; then nothing of `bytes` may be passed on.
@@ -295,12 +302,18 @@ impl Writer {
             Stream::Stderr => (&mut self.stderr, &mut entry.stderr_bytes, &mut entry.stderr_dropped_bytes),
         };
         let kept = *total - *dropped;
-        let room = usize::try_from(STREAM_LIMIT.saturating_sub(kept)).unwrap_or(usize::MAX).min(bytes.len());
+        let asked = STREAM_LIMIT.saturating_sub(kept).min(bytes.len() as u64);
+        // Commands of the same moment may pass the second limit by a piece each.
+        let journal_room = JOURNAL_LIMIT.saturating_sub(self.journal.kept().load(Relaxed));
+        // Once something was dropped, what comes later has no place after it.
+        let room = if *dropped > 0 { 0 } else { asked.min(journal_room) };
+        let room = usize::try_from(room).unwrap_or(usize::MAX);
         if file.is_none() {
             *file = Some(append_to(&self.journal.output(entry.sequence, stream))?);
         }
         if let Some(file) = file {
             file.write_all(&bytes[..room])?;
+            self.journal.kept().fetch_add(room as u64, Relaxed);
         }
         *total += bytes.len() as u64;
         *dropped += (bytes.len() - room) as u64;
@@ -419,6 +432,32 @@ pub(crate) mod tests {
         assert_eq!((entry.stderr_bytes, entry.stderr_dropped_bytes), (69 << 20, 5 << 20));
         let (text, truncated) = journal.text(1, Stream::Stderr, 1000).expect("read");
         assert!(truncated && text.len() < 1100, "{}", text.len());
+    }
+
+    #[test]
+    fn all_commands_together_keep_no_more_than_the_limit_of_a_journal() {
+        let (dir, journal) = journal();
+        let filler = File::create(dir.path().join("000001.stdout")).expect("made");
+        filler.set_len(JOURNAL_LIMIT - 5000).expect("sparse");
+        let mut writer = begin(&journal, 2, "yes").expect("begun");
+        for _ in 0..3 {
+            writer.append(Stream::Stdout, &[b'y'; 4096]).expect("written");
+        }
+        writer.append(Stream::Stderr, b"late").expect("written");
+        writer.finish().expect("its end is kept all the same");
+        let entry = journal.entry(2).expect("read").expect("there");
+        assert_eq!((entry.stdout_bytes, entry.stderr_bytes), (3 * 4096, 4));
+        let kept = 3 * 4096 - entry.stdout_dropped_bytes;
+        assert!((4096..5000).contains(&kept), "{kept}");
+        let length = fs_err::metadata(dir.path().join("000002.stdout")).expect("there").len();
+        assert_eq!(length, kept);
+        assert_eq!(entry.stderr_dropped_bytes, 4);
+        let long = begin(&journal, 3, &"x".repeat(100_000)).expect("begun");
+        assert!(long.entry.command.len() < 1200, "{}", long.entry.command.len());
+        assert!(long.entry.command.ends_with("(98976 more bytes)"), "{}", long.entry.command);
+        // Who takes the task over counts anew.
+        let again = Journal::new(dir.path().to_owned());
+        assert!(again.kept().load(Relaxed) >= JOURNAL_LIMIT - 5000 + kept);
     }
 
     #[test]

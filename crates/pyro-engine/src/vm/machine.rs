@@ -1,7 +1,7 @@
 //! What the owner of a VM does for each message.
 
 use std::convert::Infallible;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use pyro_image::Environment;
@@ -84,13 +84,14 @@ impl VmMachine {
     async fn run(
         &self,
         place: &Place,
+        dir: &Path,
         exec: ExecSpec,
         observer: &Observer,
         reply: &mut Reply<ExecResult>,
         inbox: &mut Inbox<Self>,
     ) -> Option<Result<ExecResult, Error>> {
         let (cancel, asked) = watch::channel(None);
-        let command = execute(place, &self.record, exec, observer, Cancel::new(asked));
+        let command = execute(place, dir, &self.record, exec, observer, Cancel::new(asked));
         let mut command = std::pin::pin!(command);
         let mut is_ending = false;
         loop {
@@ -176,9 +177,10 @@ impl Owned for VmMachine {
         if place.is_none() {
             return answer(reply, Err(not_started(&self.record.vm_id)));
         }
+        let dir = self.dir().unwrap_or_default();
         // From here on the machine goes with the command.
         *shelf.get() = self.live.get().take();
-        let result = self.run(&place, exec, &observer, &mut reply, inbox).await;
+        let result = self.run(&place, &dir, exec, &observer, &mut reply, inbox).await;
         let fault = result.as_ref().and_then(|result| result.as_ref().ok()?.fault);
         let live = shelf.get().take();
         let removed = match live {

@@ -143,7 +143,7 @@ impl Store {
             if installation.verify(&cancelled)?.is_some() {
                 return Ok(None);
             }
-            if !installation.looks_untouched() {
+            if !installation.looks_untouched() && !self.paths.is_read_only() {
                 refresh(installation, &cancelled)?;
             }
         }
@@ -185,7 +185,7 @@ impl Store {
             if kernel.verify(&cancelled)?.is_some() {
                 return Ok(None);
             }
-            if !kernel.looks_untouched() {
+            if !kernel.looks_untouched() && !self.paths.is_read_only() {
                 kernel.refresh(&cancelled)?;
             }
         }
@@ -194,6 +194,8 @@ impl Store {
 
     fn build(&self, definition: &Definition, progress: &dyn Progress) -> Result<(), ImageError> {
         let cancelled = || progress.cancelled();
+        self.paths
+            .check_writable(|| format!("environment '{}' is not installed or damaged", definition.name))?;
         self.check_space(definition.build_mib)?;
         let sources = Sources::find(self.config.0.apt_sources.as_deref())?;
         debian::check_subordinate_ids()?;
@@ -265,7 +267,7 @@ impl Store {
     }
 
     pub(super) fn free_mib(&self) -> Result<u64, ImageError> {
-        let root = self.paths.root();
+        let root = self.paths.own();
         let found = rustix::fs::statvfs(root).map_err(|errno| ImageError::cache(root)(errno.into()))?;
         Ok(found.f_bavail.saturating_mul(found.f_frsize) >> 20)
     }

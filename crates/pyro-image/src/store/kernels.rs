@@ -124,8 +124,13 @@ impl Store {
     /// on it.
     pub(super) fn initramfs(&self, kernel: &StoredKernel) -> Result<(PathBuf, Lock), ImageError> {
         const ATTEMPTS: usize = 3;
-        let agent = self.agent_digest();
-        let path = kernel.directory.join(format!("initramfs-{agent}.cpio"));
+        let name = format!("initramfs-{}.cpio", self.agent_digest());
+        let mut path = kernel.directory.join(&name);
+        if self.paths.is_read_only() && !path.exists() {
+            let directory = self.paths.own_initramfs(&kernel.manifest.digest);
+            files::create_private_all(&directory).map_err(ImageError::cache(&directory))?;
+            path = directory.join(name);
+        }
         let record = path.with_extension("json");
         for _ in 0..ATTEMPTS {
             if let Some(manifest) = usable(&record, InitramfsManifest::parse)?

@@ -47,6 +47,8 @@ use crate::{ImageError, staging};
 pub struct StoreConfig {
     /// Where everything is kept; made when missing, with mode 0700.
     pub cache_dir: PathBuf,
+    /// Where templates, locks and disks are kept instead, when `cache_dir` can only be read; made then.
+    pub private_dir: PathBuf,
     /// The sources file to build from; looked for in `/etc/apt` when not given.
     pub apt_sources: Option<PathBuf>,
     /// Directories to search for tools, in the form of `PATH`.
@@ -110,7 +112,7 @@ impl Store {
     /// # Errors
     /// When the directories cannot be made.
     pub fn open(config: StoreConfig) -> Result<Self, ImageError> {
-        let paths = Paths::create(&config.cache_dir)?;
+        let paths = Paths::create(&config.cache_dir, &config.private_dir)?;
         let tools = Tools::new(&config.tool_path);
         let root = paths.staging();
         staging::sweep(&root, &tools).map_err(ImageError::cache(root))?;

@@ -44,7 +44,7 @@ impl Store {
         tool::run("mke2fs", spawn, &mut |_line| {}, &|| false)?;
         file.sync_all().map_err(ImageError::cache(&made))?;
         fs_err::rename(&made, &path).map_err(ImageError::cache(&path))?;
-        files::sync_directory(self.paths.root()).map_err(ImageError::cache(self.paths.root()))?;
+        files::sync_directory(self.paths.own()).map_err(ImageError::cache(self.paths.own()))?;
         Ok(path)
     }
 }

@@ -44,6 +44,7 @@ impl Store {
             }
         })?;
         let release = kernel::release_of(&bytes).map_err(ImageError::Kernel)?;
+        self.paths.check_writable(|| "a kernel cannot be stored".to_owned())?;
         let digest = recorded(image, &|| false)?.sha256;
         let root = self.paths.staging();
         let staging = Staging::create(&root, &self.tools).map_err(ImageError::cache(&root))?;

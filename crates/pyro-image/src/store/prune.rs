@@ -34,11 +34,14 @@ impl Store {
         let staging = Staging::create(&root, &self.tools).map_err(ImageError::cache(&root))?;
         let mut pruned = Pruned::default();
         let mut in_use = BTreeSet::new();
-        let mut kernels_kept: BTreeSet<String> = self.own_kernel_digest()?.into_iter().collect();
-        for home in entries(&self.paths.environments())? {
-            self.prune_environment(&home, &staging, &mut pruned, &mut in_use, &mut kernels_kept)?;
+        // Environments that can only be read are another's to remove.
+        if !self.paths.is_read_only() {
+            let mut kernels_kept: BTreeSet<String> = self.own_kernel_digest()?.into_iter().collect();
+            for home in entries(&self.paths.environments())? {
+                self.prune_environment(&home, &staging, &mut pruned, &mut in_use, &mut kernels_kept)?;
+            }
+            self.prune_kernels(&kernels_kept, &staging, &mut pruned)?;
         }
-        self.prune_kernels(&kernels_kept, &staging, &mut pruned)?;
         pruned.freed_bytes += self.prune_templates(&staging)?;
         if in_use.is_empty() {
             self.prune_overlays(&mut pruned)?;
@@ -173,7 +176,7 @@ impl Store {
 
     /// Templates are remade in a moment, so they go whenever no guest can be about to copy one.
     fn prune_overlays(&self, pruned: &mut Pruned) -> Result<(), ImageError> {
-        for file in entries(self.paths.root())? {
+        for file in entries(self.paths.own())? {
             let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
             if name.starts_with("overlay-") && name.ends_with(".ext4") {
                 pruned.freed_bytes += disk_bytes(&file);

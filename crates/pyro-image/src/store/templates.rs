@@ -163,7 +163,7 @@ impl Store {
         };
         let (needed_mib, free_mib) = (ROOM_MIB, self.free_mib()?);
         if free_mib < needed_mib {
-            return Err(ImageError::DiskSpace { path: self.paths.root().to_owned(), needed_mib, free_mib });
+            return Err(ImageError::DiskSpace { path: self.paths.own().to_owned(), needed_mib, free_mib });
         }
         Ok(Some(TemplateBuild { manifest: self.template_manifest(environment, shape), _lock: lock }))
     }
@@ -347,6 +347,7 @@ fn take_over(from: &Path, to: &Path) -> std::io::Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::CrossesDevices => sparse::copy_sparse(from, to)?,
         moved => moved?,
     }
+    sparse::release_holes(to)?;
     let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     std::os::unix::fs::lchown(to, Some(user), Some(group))?;
     fs_err::File::open(to)?.sync_all()

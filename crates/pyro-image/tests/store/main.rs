@@ -3,7 +3,8 @@
 mod support;
 mod templates;
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -332,6 +333,101 @@ fn a_directory_of_other_things_is_not_made_the_cache() {
     let error = fixture.try_store().expect_err("refused");
     assert!(error.hint().is_some(), "{error}");
     assert!(!fixture.cache.join("envs").exists());
+}
+
+#[test]
+fn a_cache_that_others_may_change_or_that_is_anothers_is_refused_untouched() {
+    let fixture = Fixture::new();
+    drop(fixture.store().ensure(NAME, &Silent).expect("built"));
+    let mode =
+        |mode| fs_err::set_permissions(&fixture.cache, std::fs::Permissions::from_mode(mode)).expect("set");
+    let refused = || {
+        let error = fixture.try_store().expect_err("refused");
+        assert_eq!(error.code(), "environment_cache");
+        assert!(error.hint().is_some_and(|hint| hint.contains("PYRO_ENVIRONMENT_CACHE_DIR")), "{error}");
+        error.to_string()
+    };
+    mode(0o777);
+    let place = fixture.cache.display().to_string();
+    assert_eq!(
+        refused(),
+        format!("the environment cache '{place}' can be changed by other users (mode 0777)")
+    );
+    assert_eq!(fs_err::metadata(&fixture.cache).expect("there").mode() & 0o777, 0o777, "it was not changed");
+    mode(0o755);
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(&fixture.cache, Some(65_534), None).expect("given away");
+        assert_eq!(refused(), format!("the environment cache '{place}' belongs to another user (uid 65534)"));
+        assert_eq!(
+            fs_err::metadata(&fixture.cache).expect("there").mode() & 0o777,
+            0o755,
+            "it was not changed"
+        );
+    }
+}
+
+/// Lets nobody write to a directory for as long as this value lives; none where this user cannot.
+fn read_only(dir: &Path) -> Option<ReadOnly> {
+    let dir = dir.to_owned();
+    if !rustix::process::geteuid().is_root() {
+        fs_err::set_permissions(&dir, std::fs::Permissions::from_mode(0o500)).expect("set");
+        return Some(ReadOnly { dir, mounted: false });
+    }
+    rustix::mount::mount_bind(&dir, &dir).ok()?;
+    let flags = rustix::mount::MountFlags::BIND | rustix::mount::MountFlags::RDONLY;
+    rustix::mount::mount_remount(&dir, flags, "").expect("mounted");
+    Some(ReadOnly { dir, mounted: true })
+}
+
+struct ReadOnly {
+    dir: PathBuf,
+    mounted: bool,
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        if self.mounted {
+            rustix::mount::unmount(&self.dir, rustix::mount::UnmountFlags::DETACH).expect("unmounted");
+        } else {
+            fs_err::set_permissions(&self.dir, std::fs::Permissions::from_mode(0o700)).expect("set");
+        }
+    }
+}
+
+#[test]
+fn a_cache_that_can_only_be_read_is_used() {
+    let fixture = Fixture::new();
+    drop(fixture.store().ensure(NAME, &Silent).expect("built"));
+    // As a copy has it: other inodes and times.
+    let image = fixture.store().ensure(NAME, &Silent).expect("there").rootfs;
+    let copy = image.with_extension("copy");
+    fs_err::copy(&image, &copy).expect("copied");
+    fs_err::rename(&copy, &image).expect("renamed");
+    let Some(guard) = read_only(&fixture.cache) else {
+        println!("skipped: nothing can be mounted here");
+        return;
+    };
+    let store = fixture.store();
+    assert!(store.installed(NAME).expect("read"));
+    let environment = store.ensure(NAME, &Silent).expect("it is there");
+    assert!(
+        environment.rootfs.starts_with(&fixture.cache) && environment.initramfs.starts_with(&fixture.cache)
+    );
+    // What another agent needs is made elsewhere.
+    let newer = fixture.store_with_agent(b"a newer agent").ensure(NAME, &Silent).expect("it is there");
+    assert!(!newer.initramfs.starts_with(&fixture.cache) && newer.initramfs.is_file());
+    store.overlay_template(64).expect("made elsewhere");
+    let error = store.ensure("debian:12", &Silent).expect_err("it cannot be built there");
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "environment 'debian:12' is not installed or damaged, and the environment cache '{}' can only be read",
+            fixture.cache.display()
+        )
+    );
+    assert_eq!(store.prune().expect("its own").deleted_environment_dirs, Vec::<PathBuf>::new());
+    assert_eq!(fixture.runs(), 1);
+    drop((environment, newer, guard));
 }
 
 #[test]

@@ -80,6 +80,7 @@ esac
     fn open(&self, agent: &'static [u8]) -> Result<Store, pyro_image::ImageError> {
         Store::open(StoreConfig {
             cache_dir: self.cache.clone(),
+            private_dir: self.root.join("private"),
             apt_sources: Some(self.sources()),
             tool_path: self.root.join("bin").into_os_string(),
             agent: Cow::Borrowed(agent),

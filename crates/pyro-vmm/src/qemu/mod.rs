@@ -15,6 +15,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use pyro_process::{Bind, Spawn};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use tokio::net::UnixStream;
 
 use self::command_line::Paths;
@@ -244,6 +246,7 @@ fn start(config: &QemuConfig, spec: &MachineSpec, from: Option<&Snapshot>) -> io
 
     if spec.savable && from.is_none() {
         confine::make_empty(&spec.dir.join(MEMORY))?;
+        reserve_memory(&spec.dir.join(MEMORY), u64::from(spec.memory_mib) << 20)?;
     }
     let (mut spawn, place) = match &config.files {
         Ok(files) if config.confine != Confine::Nothing => jailed(config, files, spec, from)?,
@@ -322,4 +325,40 @@ fn jailed(
         spawn.env("LD_PRELOAD", PRELOAD);
     }
     Ok((spawn, Some(place)))
+}
+
+/// Makes the file that a savable guest has for its memory, with all of its room on the disk: a guest that touched a page
+/// for which the disk has none would end its VMM by SIGBUS.
+fn reserve_memory(path: &Path, bytes: u64) -> io::Result<()> {
+    let file = fs_err::File::create(path)?;
+    file.set_len(bytes)?;
+    match rustix::fs::fallocate(file.file(), FallocateFlags::empty(), 0, bytes) {
+        // Not every file system can do that; then it is as sparse as it would be.
+        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+        Err(error) => {
+            drop(file);
+            fs_err::remove_file(path).ok();
+            let text = format!("{} MiB for the guest's memory in '{}': {error}", bytes >> 20, path.display());
+            Err(io::Error::new(io::Error::from(error).kind(), text))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn the_memory_of_a_savable_guest_has_its_room_before_the_guest_runs() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join(MEMORY);
+        reserve_memory(&path, 8 << 20).expect("made");
+        let found = fs_err::metadata(&path).expect("there");
+        assert_eq!((found.len(), found.blocks() * 512 >= 8 << 20), (8 << 20, true));
+        let error = reserve_memory(&path, 1 << 50).expect_err("no disk is that large");
+        assert!(error.to_string().contains("MiB for the guest's memory in"), "{error}");
+        assert!(!path.exists());
+    }
 }
