@@ -29,7 +29,11 @@ pub(crate) enum Request {
     LogsTask { task_id: String, since_sequence: u64, limit: Option<usize>, max_bytes: Option<u64> },
     StartTask { task_id: String },
     StopTask { task_id: String },
-    DeleteTask { task_id: String },
+    DeleteTask {
+        task_id: String,
+        #[serde(default)]
+        force: bool,
+    },
     ListTasks,
     Close,
 }
@@ -201,8 +205,7 @@ async fn done(
             told(&engine.exec_task(&task_id, exec.spec(stdin), observer).await?)
         }
         Request::CancelTask { task_id, sequence } => {
-            engine.cancel_task(&task_id, sequence).await?;
-            told(&json!({ "task_id": task_id, "sequence": sequence, "ended": true }))
+            told(&engine.cancel_task(&task_id, sequence).await?)
         }
         Request::StatusTask { task_id } => told(&engine.status_task(&task_id).await?),
         Request::LogsTask { task_id, since_sequence, limit, max_bytes } => {
@@ -210,7 +213,8 @@ async fn done(
         }
         Request::StartTask { task_id } => told(&engine.start_task(&task_id).await?),
         Request::StopTask { task_id } => told(&engine.stop_task(&task_id).await?),
-        Request::DeleteTask { task_id } => told(&engine.delete_task(&task_id).await?),
+        Request::DeleteTask { task_id, force: false } => told(&engine.delete_task(&task_id).await?),
+        Request::DeleteTask { task_id, force: true } => told(&engine.delete_task_by_force(&task_id).await?),
         Request::ListTasks => told(&engine.list_tasks().await?),
         Request::Close => {
             engine.end_vms().await;

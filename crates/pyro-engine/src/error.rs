@@ -3,6 +3,9 @@
 use std::fmt;
 use std::io;
 use std::path::Path;
+use std::time::Duration;
+
+use pyro_process::Holder;
 
 /// What went wrong, as a closed list that the fronts map exhaustively.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -116,6 +119,22 @@ impl Error {
         Self::new(ErrorKind::Host, format!("the state directory: {text}")).hint(hint)
     }
 
+    /// Another process has not done its part in time.
+    pub(crate) fn unresponsive(code: &'static str, message: impl Into<String>) -> Self {
+        Self { code, ..Self::new(ErrorKind::Host, message) }
+    }
+
+    /// A lock that another process held for longer than it was waited for.
+    pub(crate) fn lock_held(what: &str, holder: Option<&Holder>, waited: Duration) -> Self {
+        let named = holder.map_or_else(|| "another process".to_owned(), ToString::to_string);
+        let text = format!("{what} was held for {} s by {named}", waited.as_secs());
+        let error = Self::unresponsive("lock_held", text);
+        match holder {
+            Some(holder) => error.hint(holder.remedy()),
+            None => error.hint("find a pyro process that is stopped, as by Ctrl-Z, and let it go on"),
+        }
+    }
+
     /// An error that another process has told.
     pub(crate) fn told(code: &str, message: String, hint: Option<String>) -> Self {
         let kind = ErrorKind::ALL.into_iter().find(|kind| kind.code() == code).unwrap_or(ErrorKind::Host);
@@ -159,6 +178,9 @@ impl From<pyro_image::ImageError> for Error {
 
 impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
+        if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseBusy) {
+            return Self::lock_held("the registry", crate::lock::registry_holder().as_ref(), crate::lock::BUSY);
+        }
         let text = format!("the registry: {error}");
         Self::new(ErrorKind::Host, text)
             .hint("free some disk space, check the state directory's owner and mode, or set PYRO_STATE_DIR")

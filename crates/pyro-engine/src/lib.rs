@@ -53,7 +53,7 @@ pub use record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRe
 pub use spec::{Command, ExecSpec, VmSpec};
 pub use supervisor::supervise;
 pub use task::{
-    DeletedTask, Detached, EntryStatus, JournalEntry, LastCommand, LogEntry, LogQuery, OutputRange, TaskList,
+    CancelledCommand, DeletedTask, Detached, EntryStatus, JournalEntry, LastCommand, LogEntry, LogQuery, OutputRange, TaskList,
     TaskLogs, TaskRecord,
 };
 pub use template::PreparedTemplate;

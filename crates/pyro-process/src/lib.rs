@@ -13,9 +13,11 @@
 //! Whoever must signal a child later does so through its pidfd ([`Child::pidfd`]), never through a number.
 
 mod jail;
+mod other;
 mod spawn;
 
 pub use jail::{Bind, Jail, has_landlock};
+pub use other::{Holder, Other, lock_holder, lock_within};
 pub use rustix::process::Resource;
 pub use rustix::thread::UnshareFlags as Namespaces;
 pub use spawn::{Child, Spawn, output};

@@ -7,13 +7,17 @@
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use rusqlite::{Connection, params};
 
 use super::{Lease, Registry, Swept};
 use crate::error::{Error, ErrorKind};
 use crate::lock::{self, Attempt};
-use crate::task::{TaskDirectory, TaskFile, TaskFileError};
+use crate::task::{TaskDirectory, TaskFile, TaskFileError, owner};
+
+/// How long after a task's time its supervisor may need to end it: longer than its commands and its guest take.
+const OVERDUE: Duration = Duration::from_secs(5);
 
 /// Whether a task has a supervisor, found out by its lock.
 #[derive(Debug)]
@@ -94,10 +98,23 @@ impl Registry {
     /// held is held by a supervisor, or by the birth of one.
     fn repair_lock(&self) -> Result<lock::Moment, Error> {
         lock::Moment::wait(&self.state_dir.join("repair.lock"))
-            .map_err(|error| Error::state(&self.state_dir, &error))
     }
 
     fn lock_under_repair(&self, id: &str, directory: &TaskDirectory) -> Result<TaskLock, Error> {
+        match lock::attempt(directory.path()).map_err(|error| Error::state(directory.path(), &error))? {
+            Attempt::Held => self.end_overdue(id, directory),
+            Attempt::Gone => Err(self.missing("task", id)),
+            Attempt::Locked(lock) => self.put_in_order(id, directory, lock),
+        }
+    }
+
+    /// Ends a task whose time was up some seconds ago and whose supervisor, being stopped or stuck, has not ended it.
+    fn end_overdue(&self, id: &str, directory: &TaskDirectory) -> Result<TaskLock, Error> {
+        // A record that cannot be read says nothing, so it is no reason to kill anybody.
+        let is_overdue = matches!(TaskFile::read(directory), Ok(Some(file)) if file.overdue() > OVERDUE);
+        if !is_overdue || !owner::kill(directory)? {
+            return Ok(TaskLock::Held);
+        }
         match lock::attempt(directory.path()).map_err(|error| Error::state(directory.path(), &error))? {
             Attempt::Held => Ok(TaskLock::Held),
             Attempt::Gone => Err(self.missing("task", id)),

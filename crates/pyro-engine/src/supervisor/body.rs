@@ -134,6 +134,7 @@ impl Supervisor {
             return Ok(());
         }
         let body = self.take_body();
+        self.commands.all_end_because("the task was stopped");
         self.commands.end_all(Fault::Cancelled).await;
         if let Body::Guest(running) = body {
             running.power_off().await;

@@ -32,6 +32,8 @@ struct Running {
     handles: BTreeMap<u64, Handle>,
     /// All are being ended, and whatever begins now is ended with them.
     ending: Option<Fault>,
+    /// Why they are, where a caller has asked for it.
+    why: Option<&'static str>,
 }
 
 /// All commands that run.
@@ -99,6 +101,16 @@ impl Commands {
         }
     }
 
+    /// Says why all commands are about to end.
+    pub(super) fn all_end_because(&self, why: &'static str) {
+        self.running().why = Some(why);
+    }
+
+    /// Why all commands end, where they do.
+    pub(super) fn why_all_end(&self) -> Option<&'static str> {
+        self.running().why
+    }
+
     /// Asks all commands to end, and waits until they have: each gives up by itself in bounded time.
     pub(super) async fn end_all(&self, fault: Fault) {
         {
@@ -113,7 +125,9 @@ impl Commands {
 
     /// Commands may run again.
     pub(super) fn reopen(&self) {
-        self.running().ending = None;
+        let mut running = self.running();
+        running.ending = None;
+        running.why = None;
     }
 
     fn running(&self) -> MutexGuard<'_, Running> {

@@ -207,6 +207,7 @@ impl Supervisor {
         let _gate = self.gate.lock().await;
         // Nothing begins any more; what runs has its guest until it has ended.
         let body = self.take_body();
+        self.commands.all_end_because("the task was deleted");
         self.commands.end_all(fault).await;
         body.end().await;
         let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();

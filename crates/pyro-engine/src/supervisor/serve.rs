@@ -22,7 +22,8 @@ use crate::record::Fault;
 use crate::spec::{Command, ExecSpec};
 use crate::task::supervisor_proto::supervisor_server::{Supervisor as Service, SupervisorServer};
 use crate::task::supervisor_proto::{
-    CancelRequest, DeleteRequest, Done, ExecInput, FollowRequest, StartRequest, StopRequest, exec_input,
+    CancelRequest, DeleteRequest, Done, ExecInput, FollowRequest, HelloReply, HelloRequest, StartRequest,
+    StopRequest, exec_input,
 };
 use crate::task::to_status;
 
@@ -156,6 +157,10 @@ impl Service for Calls {
     async fn follow(&self, request: Request<FollowRequest>) -> Result<Response<Events>, Status> {
         let FollowRequest { sequence, stdout_offset, stderr_offset } = request.into_inner();
         Ok(Response::new(self.0.follow(sequence, [stdout_offset, stderr_offset])))
+    }
+
+    async fn hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
+        Ok(Response::new(HelloReply {}))
     }
 
     async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<Done>, Status> {
