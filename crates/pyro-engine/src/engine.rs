@@ -16,6 +16,7 @@ use crate::observe::{Building, CancelOnDrop, Observer, Phase};
 use crate::registry::{Registry, Swept};
 use crate::spare::Slot;
 use crate::spec::{Command, ExecSpec, VmSpec};
+use crate::template::TemplateFailures;
 use crate::vm::Vm;
 
 /// Everything that the engine needs to know; it reads nothing else.
@@ -81,6 +82,7 @@ pub(crate) struct Inner {
     /// Machines of this process.
     pub(crate) vms: Mutex<HashMap<String, Arc<Vm>>>,
     pub(crate) spare: Mutex<Slot>,
+    pub(crate) template_failures: Mutex<TemplateFailures>,
 }
 
 impl Engine {
@@ -116,6 +118,7 @@ impl Engine {
                 swept: Mutex::default(),
                 vms: Mutex::default(),
                 spare: Mutex::default(),
+                template_failures: Mutex::default(),
             }),
         })
     }

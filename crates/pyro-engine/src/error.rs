@@ -179,7 +179,11 @@ impl From<pyro_image::ImageError> for Error {
 impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
         if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseBusy) {
-            return Self::lock_held("the registry", crate::lock::registry_holder().as_ref(), crate::lock::BUSY);
+            return Self::lock_held(
+                "the registry",
+                crate::lock::registry_holder().as_ref(),
+                crate::lock::BUSY,
+            );
         }
         let text = format!("the registry: {error}");
         Self::new(ErrorKind::Host, text)

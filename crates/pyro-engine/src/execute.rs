@@ -1,11 +1,12 @@
 //! One command from its sending to its end: its output taken as it comes, its end judged.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pyro_vmm::Machine;
 use rustix::process::Signal;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::capture::Capture;
 use crate::error::{Error, ErrorKind};
@@ -29,6 +30,9 @@ const EXIT_GRACE: Duration = Duration::from_secs(2);
 enum Process {
     Guest(Box<Exec>),
     Host(HostExec),
+    /// One that writes without an end and does not obey.
+    #[cfg(test)]
+    Endless,
 }
 
 /// Where a command runs.
@@ -42,6 +46,12 @@ pub(crate) enum Place<'a> {
 pub(crate) trait Sink: Send {
     /// Takes a piece; an error ends the command.
     fn take(&mut self, chunk: Chunk) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// How long a reader has held the command up so far, by which its time is longer: that is not the guest's to answer for.
+    /// A task's reader holds nothing up.
+    fn held_up(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// How long a command may run.
@@ -99,6 +109,10 @@ pub(crate) struct Outcome {
 impl Process {
     /// Sends a command to the guest, once.
     async fn send(running: &Running, mut spec: ExecSpec, limit: Limit) -> Result<Self, Error> {
+        // Nothing was sent yet, so a guest that is gone now has run nothing.
+        if let Ok(exit) = tokio::time::timeout(Duration::ZERO, running.machine.wait()).await {
+            return Err(command_unavailable(&exit.status));
+        }
         spec.timeout_seconds = limit.seconds();
         let sent = tokio::time::timeout(limit.duration() + GUEST_MARGIN, running.guest.exec(spec)).await;
         match sent {
@@ -108,8 +122,9 @@ impl Process {
                 Err(Error::new(ErrorKind::CommandRefused, text))
             }
             Ok(Err(status)) => {
+                // It was sent: nobody can know whether a guest that has ended since began it.
                 let ended = tokio::time::timeout(EXIT_GRACE, running.machine.wait()).await;
-                Err(ended.map_or_else(|_| unknown(&status), |exit| command_unavailable(&exit.status)))
+                Err(ended.map_or_else(|_| unknown(&status), |exit| lost(&exit.status)))
             }
             Err(_elapsed) => Err(unknown(&tonic::Status::deadline_exceeded("no answer in time"))),
         }
@@ -119,6 +134,8 @@ impl Process {
         match self {
             Self::Guest(exec) => exec.next().await,
             Self::Host(exec) => Ok(exec.next().await),
+            #[cfg(test)]
+            Self::Endless => Ok(Event::Output(Chunk { stream: Stream::Stdout, bytes: b"y\n".to_vec() })),
         }
     }
 
@@ -126,6 +143,8 @@ impl Process {
         match self {
             Self::Guest(exec) => exec.signal(signal),
             Self::Host(exec) => exec.signal(signal),
+            #[cfg(test)]
+            Self::Endless => {}
         }
     }
 }
@@ -160,6 +179,8 @@ pub(crate) async fn carry_out(
 }
 
 /// Takes a command's output until its end.
+///
+/// Its time limit is looked at before anything of the guest's is: one that talks without an end does not move it.
 async fn conduct(
     process: &mut Process,
     machine: Option<&Machine>,
@@ -167,51 +188,40 @@ async fn conduct(
     sink: &mut impl Sink,
     mut cancel: Cancel,
 ) -> Result<Outcome, Error> {
-    let mut deadline = Instant::now() + limit.duration() + GUEST_MARGIN;
-    let life_end = Instant::now() + Duration::from_secs_f64(limit.left.clamp(0.0, 1e9)) + GUEST_MARGIN;
-    let mut cancelled: Option<Fault> = None;
+    let began = Instant::now();
+    let life_end = began + Duration::from_secs_f64(limit.left.clamp(0.0, 1e9)) + GUEST_MARGIN;
+    let mut cancelled: Option<(Fault, Instant)> = None;
     loop {
-        // A guest that talks on without an end is not listened to for longer than this.
-        let now = Instant::now();
-        if now >= life_end || (cancelled.is_some() && now >= deadline) {
-            return Ok(ended(cancelled.unwrap_or(Fault::TtlExpired), 137));
+        let own_end = began + limit.duration() + GUEST_MARGIN + sink.held_up();
+        let deadline = cancelled.map_or(own_end, |(_, until)| until).min(life_end);
+        if Instant::now() >= deadline {
+            return Ok(match cancelled {
+                Some((fault, _)) => ended(fault, 137),
+                None if deadline == life_end => ended(Fault::TtlExpired, 124),
+                None => timed_out(limit),
+            });
         }
         let event = tokio::select! {
             biased;
             fault = cancel.asked(), if cancelled.is_none() => {
-                cancelled = Some(fault);
-                deadline = Instant::now() + CANCEL_GRACE;
+                cancelled = Some((fault, Instant::now() + CANCEL_GRACE));
                 process.signal(Signal::TERM);
                 continue;
             }
-            // What has come is taken before anybody looks at the clock.
             event = process.next() => event,
-            () = tokio::time::sleep_until(deadline.into()) => {
-                return Ok(cancelled.map_or_else(|| timed_out(limit), |fault| ended(fault, 137)));
-            }
+            () = tokio::time::sleep_until(deadline) => continue,
         };
         match event {
-            Ok(Event::Output(chunk)) => {
-                let before = Instant::now();
-                tokio::select! {
-                    biased;
-                    taken = sink.take(chunk) => taken?,
-                    // The reader holds up; a cancellation and the end of the machine's life are not held up with it.
-                    fault = cancel.asked(), if cancelled.is_none() => {
-                        return Ok(ended(fault, 137));
-                    }
-                    () = tokio::time::sleep_until(life_end.into()) => {
-                        return Ok(ended(Fault::TtlExpired, 124));
-                    }
-                }
-                // The time that the reader took is not the guest's to answer for.
-                if cancelled.is_none() {
-                    deadline += before.elapsed();
-                }
-            }
+            Ok(Event::Output(chunk)) => tokio::select! {
+                biased;
+                taken = sink.take(chunk) => taken?,
+                // A reader that does not read delays neither a cancellation nor the end of the machine's life.
+                fault = cancel.asked(), if cancelled.is_none() => return Ok(ended(fault, 137)),
+                () = tokio::time::sleep_until(life_end) => return Ok(ended(Fault::TtlExpired, 124)),
+            },
             Ok(Event::Exited(exited)) => {
                 return Ok(match cancelled {
-                    Some(fault) => ended(fault, exit_code(&exited)),
+                    Some((fault, _)) => ended(fault, exit_code(&exited)),
                     None => exited_outcome(&exited, limit),
                 });
             }
@@ -222,7 +232,7 @@ async fn conduct(
                 if tokio::time::timeout(EXIT_GRACE, machine.wait()).await.is_err() {
                     return Err(unknown(&status));
                 }
-                return Ok(ended(cancelled.unwrap_or(Fault::GuestLost), 137));
+                return Ok(ended(cancelled.map_or(Fault::GuestLost, |(fault, _)| fault), 137));
             }
         }
     }
@@ -297,6 +307,11 @@ fn safe(text: &str) -> String {
     text.chars().take(500).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
+fn lost(exit: &str) -> Error {
+    let text = format!("the guest ended after the command was sent ({exit}); the command may have run");
+    Error::new(ErrorKind::OutcomeUnknown, text).hint("check what the command does before running it again")
+}
+
 fn unknown(status: &tonic::Status) -> Error {
     let text =
         format!("the connection to the guest broke ({}); the command may have run", safe(status.message()));
@@ -313,6 +328,7 @@ pub(crate) struct Output<'a> {
     pub(crate) stdout: Capture,
     pub(crate) stderr: Capture,
     observer: &'a Observer,
+    held_up: Duration,
 }
 
 /// Whose command a result is of, and how it ran.
@@ -329,7 +345,7 @@ pub(crate) struct Subject {
 
 impl<'a> Output<'a> {
     pub(crate) fn new(observer: &'a Observer) -> Self {
-        Self { stdout: Capture::default(), stderr: Capture::default(), observer }
+        Self { stdout: Capture::default(), stderr: Capture::default(), observer, held_up: Duration::ZERO }
     }
 
     /// How much of each stream has come.
@@ -385,6 +401,76 @@ impl Sink for Output<'_> {
         }
         let Some(output) = &self.observer.output else { return Ok(()) };
         let gone = |_closed| Error::new(ErrorKind::Cancelled, "the reader of the output went away");
-        output.send(chunk).await.map_err(gone)
+        let began = Instant::now();
+        let sent = output.send(chunk).await;
+        self.held_up += began.elapsed();
+        sent.map_err(gone)
+    }
+
+    fn held_up(&self) -> Duration {
+        self.held_up
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes output as a machine does that needs a second for each piece; a reader's part of that is `held_up`.
+    struct Slow {
+        reader: Duration,
+        held_up: Duration,
+        pieces: u64,
+    }
+
+    impl Slow {
+        fn new(reader: Duration) -> Self {
+            Self { reader, held_up: Duration::ZERO, pieces: 0 }
+        }
+    }
+
+    impl Sink for Slow {
+        async fn take(&mut self, _chunk: Chunk) -> Result<(), Error> {
+            tokio::time::advance(Duration::from_secs(1)).await;
+            self.held_up += self.reader;
+            self.pieces += 1;
+            Ok(())
+        }
+
+        fn held_up(&self) -> Duration {
+            self.held_up
+        }
+    }
+
+    async fn outcome(limit: Limit, sink: &mut Slow, cancel: Cancel) -> Outcome {
+        let conducted = conduct(&mut Process::Endless, None, limit, sink, cancel).await;
+        conducted.expect("an outcome")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guest_that_goes_on_talking_does_not_move_its_own_time_limit() {
+        let mut sink = Slow::new(Duration::ZERO);
+        let ended = outcome(Limit { asked: 5.0, left: 600.0 }, &mut sink, Cancel::default()).await;
+        assert_eq!((ended.exit_code, ended.fault), (124, Some(Fault::Timeout)));
+        assert_eq!(sink.pieces, 15, "its time and the margin");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_lengthens_a_command_by_what_it_took_and_not_beyond_the_life_of_the_machine() {
+        let mut sink = Slow::new(Duration::from_millis(500));
+        let ended = outcome(Limit { asked: 5.0, left: 600.0 }, &mut sink, Cancel::default()).await;
+        assert_eq!((ended.fault, sink.pieces), (Some(Fault::Timeout), 30));
+        let mut sink = Slow::new(Duration::from_secs(1));
+        let ended = outcome(Limit { asked: 5.0, left: 60.0 }, &mut sink, Cancel::default()).await;
+        assert_eq!((ended.fault, sink.pieces), (Some(Fault::TtlExpired), 70));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cancelled_command_that_goes_on_talking_ends_after_its_grace() {
+        let mut sink = Slow::new(Duration::from_secs(1));
+        let cancel = watch::Sender::new(Some(Fault::Cancelled));
+        let limit = Limit { asked: 5.0, left: 600.0 };
+        let ended = outcome(limit, &mut sink, Cancel::new(cancel.subscribe())).await;
+        assert_eq!((ended.fault, sink.pieces), (Some(Fault::Cancelled), 2));
     }
 }

@@ -7,6 +7,7 @@ use pyro_image::Environment;
 use pyro_vmm::DiskCache;
 use tokio::sync::watch;
 
+use crate::boot_clock::Alarm;
 use crate::engine::{Engine, Ground, may_use_host};
 use crate::error::{Error, ErrorKind};
 use crate::execute::{Cancel, Limit, Output, Place, Subject, carry_out, millis};
@@ -272,6 +273,9 @@ impl Engine {
                     let mut record = VmRecord::new(id, &spec, version, isolation, now());
                     let digest = digest.clone().map(|digest| ("environment_digest".to_owned(), digest));
                     record.metadata.extend(digest);
+                    if let Some((_, environment)) = &ground {
+                        engine.describe_template(environment, &spec, &mut record.metadata);
+                    }
                     record
                 })
             };
@@ -329,7 +333,11 @@ impl Engine {
         let (engine, id) = (Arc::downgrade(&self.inner), record.vm_id.clone());
         let life = Duration::from_secs(u64::from(record.ttl_seconds));
         drop(tokio::spawn(async move {
-            tokio::time::sleep(life).await;
+            match Alarm::after(life) {
+                Ok(alarm) => drop(alarm.wait().await),
+                // Without a descriptor for the clock that runs on while the host sleeps, this one does.
+                Err(_) => tokio::time::sleep(life).await,
+            }
             let Some(inner) = engine.upgrade() else { return };
             let engine = Self { inner };
             let Some(vm) = engine.vms().get(&id).cloned() else { return };
@@ -379,7 +387,7 @@ pub(crate) async fn execute(
     cancel: Cancel,
 ) -> Result<ExecResult, Error> {
     let began = Instant::now();
-    let limit = Limit { asked: exec.timeout_seconds, left: record.expires_at - now() };
+    let limit = Limit { asked: exec.timeout_seconds, left: record.seconds_left() };
     let command = exec.command.display();
     let place = live.running().map_or_else(|| Place::Host(live.workspace()), Place::Guest);
     let mut output = Output::new(observer);

@@ -184,7 +184,12 @@ mod tests {
     /// Starts a process that holds a lock on a file, until its stdin ends.
     fn holder_of(path: &Path) -> crate::Child {
         let mut spawn = Spawn::new("flock", Path::new("/"));
-        spawn.arg("-o").arg(path).args(["sh", "-c", "echo held; exec cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        spawn
+            .arg("-o")
+            .arg(path)
+            .args(["sh", "-c", "echo held; exec cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         let mut child = spawn.spawn().expect("flock runs");
         let mut held = [0; 5];
         let mut stdout = child.take_stdout().expect("piped");

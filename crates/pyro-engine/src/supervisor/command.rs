@@ -174,7 +174,9 @@ impl Supervisor {
                 if is_full(&error) {
                     let entry = &mut writer.entry;
                     entry.fault.get_or_insert(Fault::DiskFull);
-                    entry.reason.get_or_insert_with(|| "the disk of the host was full when it ended".to_owned());
+                    entry
+                        .reason
+                        .get_or_insert_with(|| "the disk of the host was full when it ended".to_owned());
                 }
                 let end = unrecorded_event(&writer.entry);
                 self.unsettled.cannot_write(writer.entry.clone());
@@ -243,7 +245,9 @@ impl Supervisor {
                 Some(entry) => Some(unrecorded_event(&entry)),
                 None => {
                     let entry = self.journal.entry(sequence)?;
-                    entry.filter(|entry| entry.status != EntryStatus::Running).map(|entry| ended_event(&entry))
+                    entry
+                        .filter(|entry| entry.status != EntryStatus::Running)
+                        .map(|entry| ended_event(&entry))
                 }
             };
             if let Some(kind) = kind {

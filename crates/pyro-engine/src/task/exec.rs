@@ -330,12 +330,7 @@ impl Engine {
 }
 
 /// The result of a command that has ended.
-async fn result(
-    task_id: &str,
-    file: Option<TaskFile>,
-    ended: Ended,
-    output: Output<'_>,
-) -> ExecResult {
+async fn result(task_id: &str, file: Option<TaskFile>, ended: Ended, output: Output<'_>) -> ExecResult {
     let Ended { entry, is_recorded } = ended;
     let of =
         |field: fn(&TaskFile) -> &String| file.as_ref().map_or_else(String::new, |file| field(file).clone());

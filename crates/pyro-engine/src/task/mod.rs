@@ -20,10 +20,11 @@ pub(crate) use self::birth::{CONTROL_FD, Kind, LOCK_FD, READY_FD, Report, read_o
 use self::client::Client;
 pub(crate) use self::client::{supervisor_proto, to_status};
 pub(crate) use self::directory::TaskDirectory;
-pub(crate) use self::file::{TaskFile, TaskFileError};
+pub(crate) use self::file::{TaskFile, TaskFileError, boottime};
 pub use self::journal::{EntryStatus, JournalEntry};
 pub use self::record::{
-    CancelledCommand, DeletedTask, Detached, LastCommand, LogEntry, LogQuery, OutputRange, TaskList, TaskLogs, TaskRecord,
+    CancelledCommand, DeletedTask, Detached, LastCommand, LogEntry, LogQuery, OutputRange, TaskList,
+    TaskLogs, TaskRecord,
 };
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind};
@@ -167,10 +168,7 @@ impl Engine {
         match tokio::time::timeout(BEFORE_FORCE, self.delete_task(task_id)).await {
             Ok(Ok(deleted)) => return Ok(deleted),
             Ok(Err(error))
-                if matches!(
-                    error.kind(),
-                    ErrorKind::NotFound | ErrorKind::Expired | ErrorKind::Damaged
-                ) =>
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Expired | ErrorKind::Damaged) =>
             {
                 return Err(error);
             }

@@ -27,7 +27,10 @@ pub(crate) fn kill(directory: &TaskDirectory) -> Result<bool, Error> {
     let Some(supervisor) = find(directory)? else { return Ok(false) };
     let pid = supervisor.pid();
     let failed = |error: &dyn std::fmt::Display| {
-        Error::host(&format!("the supervisor of task '{}', process {pid}, cannot be killed", id(directory)), error)
+        Error::host(
+            &format!("the supervisor of task '{}', process {pid}, cannot be killed", id(directory)),
+            error,
+        )
     };
     match supervisor.kill(KILLED) {
         Ok(true) => Ok(true),
@@ -47,13 +50,11 @@ pub(crate) fn silent(directory: &TaskDirectory, waited: Duration, sent: bool) ->
     let holder = supervisor.or_else(|| lock_holder(directory.path()));
     let named = holder.as_ref().map_or_else(String::new, |holder| format!(", {holder},"));
     let after = if sent { "; the command that was sent to it may run when it goes on" } else { "" };
-    let text = format!(
-        "the supervisor of task '{id}'{named} has not answered for {} s{after}",
-        waited.as_secs()
-    );
-    let remedy = holder.filter(|holder| holder.is_stopped).map_or_else(String::new, |holder| {
-        format!("{}; or ", holder.remedy())
-    });
+    let text =
+        format!("the supervisor of task '{id}'{named} has not answered for {} s{after}", waited.as_secs());
+    let remedy = holder
+        .filter(|holder| holder.is_stopped)
+        .map_or_else(String::new, |holder| format!("{}; or ", holder.remedy()));
     let error = if sent {
         Error::new(ErrorKind::OutcomeUnknown, text)
     } else {
