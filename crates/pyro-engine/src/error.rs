@@ -84,6 +84,9 @@ impl ErrorKind {
     }
 }
 
+/// The code of an error about a lock that another process holds.
+pub(crate) const LOCK_HELD: &str = "lock_held";
+
 /// Why an operation failed.
 #[derive(Debug)]
 pub struct Error {
@@ -128,7 +131,7 @@ impl Error {
     pub(crate) fn lock_held(what: &str, holder: Option<&Holder>, waited: Duration) -> Self {
         let named = holder.map_or_else(|| "another process".to_owned(), ToString::to_string);
         let text = format!("{what} was held for {} s by {named}", waited.as_secs());
-        let error = Self::unresponsive("lock_held", text);
+        let error = Self::unresponsive(LOCK_HELD, text);
         match holder {
             Some(holder) => error.hint(holder.remedy()),
             None => error.hint("find a pyro process that is stopped, as by Ctrl-Z, and let it go on"),

@@ -175,7 +175,7 @@ pub(crate) async fn carry_out(
             (Process::Host(HostExec::start(workspace, exec.command, limit.duration())), None)
         }
     };
-    conduct(&mut process, machine, limit, sink, cancel).await
+    conduct(&mut process, machine, (limit, GUEST_MARGIN), sink, cancel).await
 }
 
 /// Takes a command's output until its end.
@@ -184,15 +184,15 @@ pub(crate) async fn carry_out(
 async fn conduct(
     process: &mut Process,
     machine: Option<&Machine>,
-    limit: Limit,
+    (limit, margin): (Limit, Duration),
     sink: &mut impl Sink,
     mut cancel: Cancel,
 ) -> Result<Outcome, Error> {
     let began = Instant::now();
-    let life_end = began + Duration::from_secs_f64(limit.left.clamp(0.0, 1e9)) + GUEST_MARGIN;
+    let life_end = began + Duration::from_secs_f64(limit.left.clamp(0.0, 1e9)) + margin;
     let mut cancelled: Option<(Fault, Instant)> = None;
     loop {
-        let own_end = began + limit.duration() + GUEST_MARGIN + sink.held_up();
+        let own_end = began + limit.duration() + margin + sink.held_up();
         let deadline = cancelled.map_or(own_end, |(_, until)| until).min(life_end);
         if Instant::now() >= deadline {
             return Ok(match cancelled {
@@ -416,24 +416,21 @@ impl Sink for Output<'_> {
 mod tests {
     use super::*;
 
-    /// Takes output as a machine does that needs a second for each piece; a reader's part of that is `held_up`.
-    struct Slow {
-        reader: Duration,
-        held_up: Duration,
-        pieces: u64,
-    }
+    const MARGIN: Duration = Duration::from_millis(100);
 
-    impl Slow {
-        fn new(reader: Duration) -> Self {
-            Self { reader, held_up: Duration::ZERO, pieces: 0 }
-        }
+    /// Takes output and needs a moment for each piece, which may be the reader's.
+    struct Slow {
+        is_the_readers: bool,
+        held_up: Duration,
     }
 
     impl Sink for Slow {
         async fn take(&mut self, _chunk: Chunk) -> Result<(), Error> {
-            tokio::time::advance(Duration::from_secs(1)).await;
-            self.held_up += self.reader;
-            self.pieces += 1;
+            let began = Instant::now();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            if self.is_the_readers {
+                self.held_up += began.elapsed();
+            }
             Ok(())
         }
 
@@ -442,35 +439,38 @@ mod tests {
         }
     }
 
-    async fn outcome(limit: Limit, sink: &mut Slow, cancel: Cancel) -> Outcome {
-        let conducted = conduct(&mut Process::Endless, None, limit, sink, cancel).await;
-        conducted.expect("an outcome")
+    /// How a command ends that writes without an end, and after how long.
+    async fn end(limit: Limit, is_the_readers: bool, cancel: Cancel) -> (Option<Fault>, Duration) {
+        let mut sink = Slow { is_the_readers, held_up: Duration::ZERO };
+        let began = Instant::now();
+        let ended = conduct(&mut Process::Endless, None, (limit, MARGIN), &mut sink, cancel);
+        // Where it moves its own limit, it never ends.
+        let ended = tokio::time::timeout(Duration::from_secs(20), ended).await.expect("it ends");
+        (ended.expect("an outcome").fault, began.elapsed())
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_guest_that_goes_on_talking_does_not_move_its_own_time_limit() {
-        let mut sink = Slow::new(Duration::ZERO);
-        let ended = outcome(Limit { asked: 5.0, left: 600.0 }, &mut sink, Cancel::default()).await;
-        assert_eq!((ended.exit_code, ended.fault), (124, Some(Fault::Timeout)));
-        assert_eq!(sink.pieces, 15, "its time and the margin");
+        let limit = Limit { asked: 0.1, left: 600.0 };
+        let (fault, took) = end(limit, false, Cancel::default()).await;
+        assert_eq!(fault, Some(Fault::Timeout));
+        assert!(took >= MARGIN, "{took:?}");
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_reader_lengthens_a_command_by_what_it_took_and_not_beyond_the_life_of_the_machine() {
-        let mut sink = Slow::new(Duration::from_millis(500));
-        let ended = outcome(Limit { asked: 5.0, left: 600.0 }, &mut sink, Cancel::default()).await;
-        assert_eq!((ended.fault, sink.pieces), (Some(Fault::Timeout), 30));
-        let mut sink = Slow::new(Duration::from_secs(1));
-        let ended = outcome(Limit { asked: 5.0, left: 60.0 }, &mut sink, Cancel::default()).await;
-        assert_eq!((ended.fault, sink.pieces), (Some(Fault::TtlExpired), 70));
+        let limit = Limit { asked: 0.1, left: 0.5 };
+        let (fault, took) = end(limit, true, Cancel::default()).await;
+        assert_eq!(fault, Some(Fault::TtlExpired));
+        assert!(took >= Duration::from_millis(500), "{took:?}");
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_cancelled_command_that_goes_on_talking_ends_after_its_grace() {
-        let mut sink = Slow::new(Duration::from_secs(1));
         let cancel = watch::Sender::new(Some(Fault::Cancelled));
-        let limit = Limit { asked: 5.0, left: 600.0 };
-        let ended = outcome(limit, &mut sink, Cancel::new(cancel.subscribe())).await;
-        assert_eq!((ended.fault, sink.pieces), (Some(Fault::Cancelled), 2));
+        let limit = Limit { asked: 600.0, left: 600.0 };
+        let (fault, took) = end(limit, true, Cancel::new(cancel.subscribe())).await;
+        assert_eq!(fault, Some(Fault::Cancelled));
+        assert!(took >= CANCEL_GRACE, "{took:?}");
     }
 }

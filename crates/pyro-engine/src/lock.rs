@@ -33,7 +33,8 @@ impl Moment {
         Self::wait_for(path, BUSY)
     }
 
-    fn wait_for(path: &Path, deadline: Duration) -> Result<Self, Error> {
+    /// As [`Moment::wait`], for no longer than `deadline`.
+    pub(crate) fn wait_for(path: &Path, deadline: Duration) -> Result<Self, Error> {
         let locked = File::create(path).and_then(|file| Ok(lock_within(&file, deadline)?.then_some(file)));
         match locked.map_err(|error| Error::state(path, &error))? {
             Some(file) => Ok(Self(file)),

@@ -54,14 +54,18 @@ impl Holder {
     }
 }
 
-/// The process that holds a lock on this file or directory; none where the kernel does not tell, or nobody does.
+/// The process that has this file or directory locked for itself alone; none where the kernel does not tell, or nobody has.
 pub fn lock_holder(path: &Path) -> Option<Holder> {
     let wanted = std::fs::metadata(path).ok()?;
     let own = i32::try_from(std::process::id()).ok()?;
     let locks = fs_err::read_to_string("/proc/locks").ok()?;
     // `1: FLOCK ADVISORY WRITE 4321 fe:00:1234 0 EOF`; a line with an arrow is of one that waits.
     let candidates = locks.lines().filter(|line| !line.contains("->")).filter_map(|line| {
-        let mut words = line.split_whitespace().skip(4);
+        let mut words = line.split_whitespace().skip(3);
+        // Locks that are shared are those of readers, who hold nobody up.
+        if words.next()? != "WRITE" {
+            return None;
+        }
         let pid: i32 = words.next()?.parse().ok()?;
         let inode: u64 = words.next()?.rsplit(':').next()?.parse().ok()?;
         (inode == wanted.ino() && pid > 0 && pid != own).then_some(pid)

@@ -10,6 +10,7 @@ mod failures;
 mod kill;
 mod power_loss;
 mod run;
+mod stuck;
 mod support;
 mod task;
 mod template;

@@ -18,6 +18,8 @@ use crate::task::{TaskDirectory, TaskFile, TaskFileError, owner};
 
 /// How long after a task's time its supervisor may need to end it: longer than its commands and its guest take.
 const OVERDUE: Duration = Duration::from_secs(5);
+/// How long a sweep waits for others that put tasks in order.
+const SWEEP_WAITS: Duration = Duration::from_secs(1);
 
 /// Whether a task has a supervisor, found out by its lock.
 #[derive(Debug)]
@@ -90,14 +92,14 @@ impl Registry {
     /// Takes the lock of a task if it has no supervisor, after putting its record in order.
     pub(crate) fn lock_task(&self, id: &str) -> Result<TaskLock, Error> {
         let directory = self.task_directory(id)?;
-        let _repair = self.repair_lock()?;
+        let _repair = self.repair_lock(lock::BUSY)?;
         self.lock_under_repair(id, &directory)
     }
 
     /// Whoever takes the lock of a task without a supervisor does so under this one, for a moment: so a lock that is
     /// held is held by a supervisor, or by the birth of one.
-    fn repair_lock(&self) -> Result<lock::Moment, Error> {
-        lock::Moment::wait(&self.state_dir.join("repair.lock"))
+    fn repair_lock(&self, deadline: Duration) -> Result<lock::Moment, Error> {
+        lock::Moment::wait_for(&self.state_dir.join("repair.lock"), deadline)
     }
 
     fn lock_under_repair(&self, id: &str, directory: &TaskDirectory) -> Result<TaskLock, Error> {
@@ -196,7 +198,8 @@ impl Registry {
     /// Puts every task without a supervisor in order.
     pub(super) fn sweep_tasks(&self, swept: &mut Swept) {
         let entries = self.entries("tasks", &mut swept.problems);
-        let repair = self.repair_lock();
+        // What this command is for matters more than what others have left.
+        let repair = self.repair_lock(SWEEP_WAITS);
         if let Err(error) = &repair {
             return swept.problems.push(error.to_string());
         }

@@ -27,7 +27,7 @@ pub use self::record::{
     TaskLogs, TaskRecord,
 };
 use crate::engine::Engine;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, LOCK_HELD};
 use crate::registry::TaskLock;
 
 /// Between two looks at a supervisor that is on its way in or out: for a moment it holds its lock and does not
@@ -63,7 +63,7 @@ impl Engine {
     /// All tasks, newest activity first.
     ///
     /// # Errors
-    /// When a thread cannot be had; a task that cannot be read is told among the problems.
+    /// When a thread cannot be had, or another process keeps the lock for putting tasks in order; a task that cannot be read is told among the problems.
     pub async fn list_tasks(&self) -> Result<TaskList, Error> {
         let engine = self.clone();
         self.blocking(move || {
@@ -78,6 +78,8 @@ impl Engine {
                     Err(error) if error.kind() == ErrorKind::Expired => {
                         engine.inner.registry.remember_expired(&id)
                     }
+                    // It would be waited for again for each task.
+                    Err(error) if error.code() == LOCK_HELD => return Err(error),
                     Err(error) => problems.push(error.to_string()),
                 }
             }
