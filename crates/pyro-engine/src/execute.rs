@@ -442,8 +442,9 @@ mod tests {
     /// How a command ends that writes without an end, and after how long.
     async fn end(limit: Limit, is_the_readers: bool, cancel: Cancel) -> (Option<Fault>, Duration) {
         let mut sink = Slow { is_the_readers, held_up: Duration::ZERO };
+        let mut process = Process::Endless;
         let began = Instant::now();
-        let ended = conduct(&mut Process::Endless, None, (limit, MARGIN), &mut sink, cancel);
+        let ended = conduct(&mut process, None, (limit, MARGIN), &mut sink, cancel);
         // Where it moves its own limit, it never ends.
         let ended = tokio::time::timeout(Duration::from_secs(20), ended).await.expect("it ends");
         (ended.expect("an outcome").fault, began.elapsed())

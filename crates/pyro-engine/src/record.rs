@@ -204,3 +204,17 @@ pub struct NetworkInfo {
     pub outbound_connectivity_expected: bool,
     pub reason: String,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clock_of_the_wall_does_not_limit_the_commands_of_a_vm() {
+        let spec = VmSpec { ttl_seconds: 60, ..VmSpec::new("debian:12") };
+        // As if the wall's clock had jumped by half a century since.
+        let record = VmRecord::new("0123456789ab", &spec, "1.0.0", "qemu-tcg", 0.0);
+        let left = record.seconds_left();
+        assert!(left > 0.0 && left <= 60.0, "{left}");
+    }
+}

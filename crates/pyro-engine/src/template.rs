@@ -320,3 +320,18 @@ fn shape(vmm: &Driver, spec: &MachineSpec, disk_mib: u32) -> Option<TemplateShap
         tsc_khz: fingerprint.tsc_khz,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_step_of_a_template_that_never_ends_is_given_up() {
+        let never = std::future::pending::<Result<(), Error>>();
+        let what = "the guest did not end its commands";
+        let error = in_time(what, Duration::from_millis(20), never).await.expect_err("given up");
+        assert!(error.to_string().contains(what), "{error}");
+        let done = in_time(what, Duration::from_secs(60), std::future::ready(Ok(7))).await;
+        assert_eq!(done.expect("in time"), 7);
+    }
+}

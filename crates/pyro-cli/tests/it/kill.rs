@@ -134,7 +134,8 @@ fn the_three_ways_in_which_a_task_loses_its_guest_have_three_names() {
         assert!(said.starts_with(&format!("{name}: ")), "{name}: {said}");
         assert_eq!(pyro.logs(&id)[sequence - 1]["status"], "interrupted", "{name}");
         pyro.until("the VMM is gone", |pyro| pyro.vmm(&id).is_none());
-        assert_eq!(pyro.json(&["task", "start", &id, "--json"])["state"], "started", "{name}");
+        let started = pyro.json(&["task", "start", &id, "--json"]);
+        assert_eq!(started["state"], "started", "{name}: {started}");
         assert_eq!(text(&pyro.exec(&id, "cat f").stdout), "kept\n", "{name}");
     }
     pyro.ok(&["task", "delete", &id]);
