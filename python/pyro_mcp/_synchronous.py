@@ -289,7 +289,13 @@ class Pyro(Blocking):
             yield event
 
     def cancel_task(self, task_id: str, *, sequence: int) -> Cancelled:
-        """Ends one command of a task; it has ended when this returns. One that has ended already is no error."""
+        """Ends one command of a task; it has ended when this returns.
+
+        ``ended`` says whether it was running; it is false when the command had ended before.
+
+        Raises:
+            NotFoundError: there is no such task, or it has run no such command.
+        """
         return cast(Cancelled, self._call(request("cancel_task", task_id=task_id, sequence=sequence)))
 
     def status_task(self, task_id: str) -> TaskRecord:
@@ -346,10 +352,13 @@ class Pyro(Blocking):
         """
         return cast(TaskRecord, self._call(request("stop_task", task_id=task_id)))
 
-    def delete_task(self, task_id: str) -> DeletedTask:
+    def delete_task(self, task_id: str, *, force: bool = False) -> DeletedTask:
         """Ends a task and removes every trace of it. Running commands are ended first.
+
+        With ``force``, a supervisor that does not obey within 3 seconds is killed.
 
         Raises:
             NotFoundError: there is none of this id.
+            HostError: its supervisor does not answer, and ``force`` is false.
         """
-        return cast(DeletedTask, self._call(request("delete_task", task_id=task_id)))
+        return cast(DeletedTask, self._call(request("delete_task", task_id=task_id, force=force)))

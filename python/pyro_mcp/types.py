@@ -289,7 +289,7 @@ class Pruned(TypedDict):
 
 
 class Cancelled(TypedDict):
-    """A command of a task that has ended now."""
+    """A command of a task that was to be ended. ``ended``: it was running."""
 
     task_id: str
     sequence: int

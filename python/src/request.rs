@@ -10,26 +10,71 @@ use tokio_util::sync::CancellationToken;
 #[serde(tag = "method", rename_all = "snake_case", deny_unknown_fields)]
 pub(crate) enum Request {
     ListEnvironments,
-    PullEnvironment { environment: String },
-    InspectEnvironment { environment: String },
+    PullEnvironment {
+        environment: String,
+    },
+    InspectEnvironment {
+        environment: String,
+    },
     PruneEnvironments,
-    CreateVm { machine: Machine },
-    StartVm { vm_id: String },
-    StopVm { vm_id: String },
-    DeleteVm { vm_id: String },
-    StatusVm { vm_id: String },
-    NetworkInfoVm { vm_id: String },
-    ExecVm { vm_id: String, exec: Exec },
-    RunInVm { machine: Machine, exec: Exec },
+    CreateVm {
+        machine: Machine,
+    },
+    StartVm {
+        vm_id: String,
+    },
+    StopVm {
+        vm_id: String,
+    },
+    DeleteVm {
+        vm_id: String,
+    },
+    StatusVm {
+        vm_id: String,
+    },
+    NetworkInfoVm {
+        vm_id: String,
+    },
+    ExecVm {
+        vm_id: String,
+        exec: Exec,
+    },
+    RunInVm {
+        machine: Machine,
+        exec: Exec,
+    },
     ReapExpired,
-    CreateTask { machine: Machine },
-    ExecTask { task_id: String, exec: Exec },
-    CancelTask { task_id: String, sequence: u64 },
-    StatusTask { task_id: String },
-    LogsTask { task_id: String, since_sequence: u64, limit: Option<usize>, max_bytes: Option<u64> },
-    StartTask { task_id: String },
-    StopTask { task_id: String },
-    DeleteTask { task_id: String },
+    CreateTask {
+        machine: Machine,
+    },
+    ExecTask {
+        task_id: String,
+        exec: Exec,
+    },
+    CancelTask {
+        task_id: String,
+        sequence: u64,
+    },
+    StatusTask {
+        task_id: String,
+    },
+    LogsTask {
+        task_id: String,
+        since_sequence: u64,
+        limit: Option<usize>,
+        max_bytes: Option<u64>,
+    },
+    StartTask {
+        task_id: String,
+    },
+    StopTask {
+        task_id: String,
+    },
+    DeleteTask {
+        task_id: String,
+        #[serde(default)]
+        force: bool,
+    },
     ListTasks,
     Close,
 }
@@ -200,17 +245,15 @@ async fn done(
         Request::ExecTask { task_id, exec } => {
             told(&engine.exec_task(&task_id, exec.spec(stdin), observer).await?)
         }
-        Request::CancelTask { task_id, sequence } => {
-            engine.cancel_task(&task_id, sequence).await?;
-            told(&json!({ "task_id": task_id, "sequence": sequence, "ended": true }))
-        }
+        Request::CancelTask { task_id, sequence } => told(&engine.cancel_task(&task_id, sequence).await?),
         Request::StatusTask { task_id } => told(&engine.status_task(&task_id).await?),
         Request::LogsTask { task_id, since_sequence, limit, max_bytes } => {
             told(&engine.logs_task(&task_id, LogQuery { since_sequence, limit, max_bytes }).await?)
         }
         Request::StartTask { task_id } => told(&engine.start_task(&task_id).await?),
         Request::StopTask { task_id } => told(&engine.stop_task(&task_id).await?),
-        Request::DeleteTask { task_id } => told(&engine.delete_task(&task_id).await?),
+        Request::DeleteTask { task_id, force: false } => told(&engine.delete_task(&task_id).await?),
+        Request::DeleteTask { task_id, force: true } => told(&engine.delete_task_by_force(&task_id).await?),
         Request::ListTasks => told(&engine.list_tasks().await?),
         Request::Close => {
             engine.end_vms().await;

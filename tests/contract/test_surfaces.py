@@ -139,6 +139,7 @@ REFUSALS = [
     ("status_task", {"task_id": "0123456789ab"}, "not_found", "task '0123456789ab' does not exist"),
     ("exec_task", {"task_id": "../../x", "command": ["true"]}, "not_found", "task '../../x' does not exist"),
     ("delete_task", {"task_id": ""}, "not_found", "task '' does not exist"),
+    ("delete_task", {"task_id": "0123456789ab", "force": True}, "not_found", "task '0123456789ab' does not exist"),
     ("logs_task", {"task_id": "nope"}, "not_found", "task 'nope' does not exist"),
 ]
 

@@ -76,7 +76,7 @@ async def test_each_tool_returns_what_its_schema_says(connect):
         failure = await refused(session, "task_start", task_id=task)
         assert failure["code"] == "wrong_state"
         called.add("task_start")
-        assert (await checked("task_delete", task_id=task))["deleted"] is True
+        assert (await checked("task_delete", task_id=task, force=True))["deleted"] is True
 
         listed = await checked("vm_list_environments")
         assert [entry["name"] for entry in listed["environments"]] == [

@@ -70,7 +70,10 @@ def test_a_task_from_beginning_to_end(client, task):
     assert client.exec_task(task, command=["cat", "file"])["stdout"] == "kept\n"
     assert [entry["sequence"] for entry in client.logs_task(task, since_sequence=2)["entries"]] == [2]
     assert client.list_tasks()["count"] == 1
-    assert client.delete_task(task)["deleted"]
+    assert client.cancel_task(task, sequence=1) == {"task_id": task, "sequence": 1, "ended": False}
+    with pytest.raises(pyro_mcp.NotFoundError, match="has no command 99"):
+        client.cancel_task(task, sequence=99)
+    assert client.delete_task(task, force=True)["deleted"]
 
 
 def test_output_comes_as_it_is_written(client, task):

@@ -8,7 +8,7 @@ mod printer;
 mod streams;
 
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -18,8 +18,13 @@ use crate::cli::{Cli, Verb};
 use crate::failure::Failure;
 use crate::printer::Printer;
 
-/// How long what a signal has cut short may take to clean up: a build that is cancelled removes what it has written.
-const WIND_UP: Duration = Duration::from_secs(10);
+/// How long what a signal has cut short may take to clean up. What it cannot do by then the next command does: VMMs and tools
+/// die with this process, and whatever they leave has no owner.
+const WIND_UP: Duration = Duration::from_millis(1500);
+/// How long threads may still work after a command that has ended by itself.
+const LAST_WORK: Duration = Duration::from_secs(1);
+/// How long a supervisor's threads may still work, as on a disk that does not answer.
+const SUPERVISOR_LAST_WORK: Duration = Duration::from_millis(300);
 
 fn main() -> ExitCode {
     pyro_engine::make_file_limits_errors();
@@ -33,16 +38,17 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return printer.failure(&Failure::host("no threads", &error), failed),
     };
-    let code = runtime.block_on(until_done_or_told(cli.verb, printer.clone(), failed));
-    runtime.shutdown_timeout(WIND_UP);
+    let (code, time_left) = runtime.block_on(until_done_or_told(cli.verb, printer.clone(), failed));
+    runtime.shutdown_timeout(time_left);
     code
 }
 
-/// Runs the command in a task of its own, so that a signal is heard whatever the command does.
-async fn until_done_or_told(verb: Verb, printer: Printer, failed: u8) -> ExitCode {
+/// Runs the command in a task of its own, so that a signal is heard whatever the command does. Returns also how long the
+/// threads of the command may still work.
+async fn until_done_or_told(verb: Verb, printer: Printer, failed: u8) -> (ExitCode, Duration) {
     let mut signals = match Signals::register() {
         Ok(signals) => signals,
-        Err(error) => return printer.failure(&Failure::host("signals", &error), failed),
+        Err(error) => return (printer.failure(&Failure::host("signals", &error), failed), LAST_WORK),
     };
     let (interrupt, interrupted) = watch::channel(None);
     let ends_by_itself = verb.ends_by_itself();
@@ -51,9 +57,11 @@ async fn until_done_or_told(verb: Verb, printer: Printer, failed: u8) -> ExitCod
         async move { commands::dispatch(verb, &printer, interrupted).await }
     });
     let code = tokio::select! {
-        ended = &mut command => return outcome(ended, &printer, failed),
+        ended = &mut command => return (outcome(ended, &printer, failed), LAST_WORK),
         code = signals.next() => code,
     };
+    let until = Instant::now() + WIND_UP;
+    exit_at(until, code);
     printer.settle();
     if ends_by_itself {
         // It has something to tell elsewhere first.
@@ -66,10 +74,22 @@ async fn until_done_or_told(verb: Verb, printer: Printer, failed: u8) -> ExitCod
         // Whatever it says of its own end, it was told to end.
         _ = &mut command => {}
         // A second signal does not wait: the VMM dies with this process, and the next command removes its files.
-        _ = signals.next() => {}
-        () = tokio::time::sleep(WIND_UP) => {}
+        _ = signals.next() => return (ExitCode::from(code), Duration::ZERO),
+        () = tokio::time::sleep_until(until.into()) => {}
     }
-    ExitCode::from(code)
+    (ExitCode::from(code), until.saturating_duration_since(Instant::now()))
+}
+
+/// Ends this process at that time, whatever its threads do then: one may wait for a lock, for a disk, or for somebody who
+/// does not read its output.
+fn exit_at(until: Instant, code: u8) {
+    let watchdog = std::thread::Builder::new().name("pyro-exit".to_owned()).spawn(move || {
+        std::thread::sleep(until.saturating_duration_since(Instant::now()));
+        #[expect(clippy::exit, reason = "a thread that hangs must not keep the process")]
+        std::process::exit(i32::from(code));
+    });
+    // Without a thread, only what hangs for ever keeps the process.
+    drop(watchdog);
 }
 
 fn outcome(
@@ -124,7 +144,11 @@ fn supervise() -> ExitCode {
         .thread_keep_alive(IDLE)
         .thread_stack_size(512 << 10)
         .build();
-    let served = runtime.and_then(|runtime| runtime.block_on(pyro_engine::supervise()));
+    let served = runtime.and_then(|runtime| {
+        let served = runtime.block_on(pyro_engine::supervise());
+        runtime.shutdown_timeout(SUPERVISOR_LAST_WORK);
+        served
+    });
     match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => Printer::new(false).failure(&Failure::host("the supervisor", &error), 1),

@@ -15,6 +15,7 @@ use crate::observe::{Building, CancelOnDrop, Observer, Phase};
 use crate::place::Terms;
 use crate::registry::{Bounds, Registry, Swept};
 use crate::spec::{Command, ExecSpec, VmSpec};
+use crate::template::TemplateFailures;
 use crate::vm::Machines;
 
 /// Everything that the engine needs to know; it reads nothing else.
@@ -88,6 +89,7 @@ pub(crate) struct Inner {
     pub(crate) registry: Arc<Registry>,
     /// What was found and removed when this engine was opened.
     swept: Mutex<Swept>,
+    pub(crate) template_failures: Mutex<TemplateFailures>,
 }
 
 impl Engine {
@@ -113,7 +115,13 @@ impl Engine {
 
     fn over(config: EngineConfig, registry: Arc<Registry>, store: Store) -> Self {
         Self {
-            inner: Arc::new(Inner { config, store, registry, swept: Mutex::default() }),
+            inner: Arc::new(Inner {
+                config,
+                store,
+                registry,
+                swept: Mutex::default(),
+                template_failures: Mutex::default(),
+            }),
             machines: Arc::default(),
         }
     }

@@ -3,6 +3,9 @@
 use std::fmt;
 use std::io;
 use std::path::Path;
+use std::time::Duration;
+
+use pyro_process::Holder;
 
 /// What went wrong, as a closed list that the fronts map exhaustively.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -81,6 +84,9 @@ impl ErrorKind {
     }
 }
 
+/// The code of an error about a lock that another process holds.
+pub(crate) const LOCK_HELD: &str = "lock_held";
+
 /// Why an operation failed.
 #[derive(Debug)]
 pub struct Error {
@@ -128,6 +134,22 @@ impl Error {
                 format!("{what}: this process may not make a file longer than {limit} bytes (ulimit -f)");
             Self::new(ErrorKind::HostResources, text).hint("raise the limit: ulimit -f unlimited")
         })
+    }
+
+    /// Another process has not done its part in time.
+    pub(crate) fn unresponsive(code: &'static str, message: impl Into<String>) -> Self {
+        Self { code, ..Self::new(ErrorKind::Host, message) }
+    }
+
+    /// A lock that another process held for longer than it was waited for.
+    pub(crate) fn lock_held(what: &str, holder: Option<&Holder>, waited: Duration) -> Self {
+        let named = holder.map_or_else(|| "another process".to_owned(), ToString::to_string);
+        let text = format!("{what} was held for {} s by {named}", waited.as_secs());
+        let error = Self::unresponsive(LOCK_HELD, text);
+        match holder {
+            Some(holder) => error.hint(holder.remedy()),
+            None => error.hint("find a pyro process that is stopped, as by Ctrl-Z, and let it go on"),
+        }
     }
 
     /// An error that another process has told.
@@ -178,6 +200,13 @@ impl From<pyro_image::ImageError> for Error {
 
 impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
+        if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseBusy) {
+            return Self::lock_held(
+                "the registry",
+                crate::lock::registry_holder().as_ref(),
+                crate::lock::BUSY,
+            );
+        }
         let text = format!("the registry: {error}");
         // SQLite tells a write that the kernel has refused, and keeps the reason to itself.
         let refused = matches!(

@@ -1,10 +1,11 @@
 //! One command from its sending to its end: its output taken as it comes, its end judged.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pyro_vmm::Machine;
 use rustix::process::Signal;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::capture::Capture;
 use crate::ending::Ending;
@@ -30,12 +31,21 @@ const EXIT_GRACE: Duration = Duration::from_secs(2);
 enum Process {
     Guest(Box<Exec>),
     Host(HostExec),
+    /// One that writes without an end and does not obey.
+    #[cfg(test)]
+    Endless,
 }
 
 /// Where output goes, piece by piece.
 pub(crate) trait Sink: Send {
     /// Takes a piece; an error ends the command.
     fn take(&mut self, chunk: Chunk) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// How long a reader has held the command up so far, by which its time is longer: that is not the guest's to answer for.
+    /// A task's reader holds nothing up.
+    fn held_up(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// How long a command may run.
@@ -93,6 +103,10 @@ pub(crate) struct Outcome {
 impl Process {
     /// Sends a command to the guest, once.
     async fn send(running: &Running, mut spec: ExecSpec, limit: Limit) -> Result<Self, Error> {
+        // Nothing was sent yet, so a guest that is gone now has run nothing.
+        if let Ok(exit) = tokio::time::timeout(Duration::ZERO, running.machine.wait()).await {
+            return Err(command_unavailable(&exit.status));
+        }
         spec.timeout_seconds = limit.seconds();
         let sent = tokio::time::timeout(limit.duration() + GUEST_MARGIN, running.guest.exec(spec)).await;
         match sent {
@@ -102,8 +116,9 @@ impl Process {
                 Err(Error::new(ErrorKind::CommandRefused, text))
             }
             Ok(Err(status)) => {
+                // It was sent: nobody can know whether a guest that has ended since began it.
                 let ended = tokio::time::timeout(EXIT_GRACE, running.machine.wait()).await;
-                Err(ended.map_or_else(|_| unknown(&status), |exit| command_unavailable(&exit.status)))
+                Err(ended.map_or_else(|_| unknown(&status), |exit| lost(&exit.status)))
             }
             Err(_elapsed) => Err(unknown(&tonic::Status::deadline_exceeded("no answer in time"))),
         }
@@ -113,6 +128,8 @@ impl Process {
         match self {
             Self::Guest(exec) => exec.next().await,
             Self::Host(exec) => Ok(exec.next().await),
+            #[cfg(test)]
+            Self::Endless => Ok(Event::Output(Chunk { stream: Stream::Stdout, bytes: b"y\n".to_vec() })),
         }
     }
 
@@ -120,6 +137,8 @@ impl Process {
         match self {
             Self::Guest(exec) => exec.signal(signal),
             Self::Host(exec) => exec.signal(signal),
+            #[cfg(test)]
+            Self::Endless => {}
         }
     }
 }
@@ -152,25 +171,31 @@ pub(crate) async fn carry_out(
         // Its callers have looked; an absent machine never means the host.
         Place::None => return Err(command_unavailable("the machine is gone")),
     };
-    conduct(&mut process, machine, limit, sink, cancel).await
+    conduct(&mut process, machine, (limit, GUEST_MARGIN), sink, cancel).await
 }
 
 /// Takes a command's output until its end.
+///
+/// Its time limit is looked at before anything of the guest's is: one that talks without an end does not move it.
 async fn conduct(
     process: &mut Process,
     machine: Option<&Machine>,
-    limit: Limit,
+    (limit, margin): (Limit, Duration),
     sink: &mut impl Sink,
     mut cancel: Cancel,
 ) -> Result<Outcome, Error> {
-    let mut deadline = Instant::now() + limit.duration() + GUEST_MARGIN;
-    let life_end = Instant::now() + Duration::from_secs_f64(limit.left.clamp(0.0, 1e9)) + GUEST_MARGIN;
-    let mut cancelled: Option<Ending> = None;
+    let began = Instant::now();
+    let life_end = began + Duration::from_secs_f64(limit.left.clamp(0.0, 1e9)) + margin;
+    let mut cancelled: Option<(Ending, Instant)> = None;
     loop {
-        // A guest that talks on without an end is not listened to for longer than this.
-        let now = Instant::now();
-        if now >= life_end || (cancelled.is_some() && now >= deadline) {
-            return Ok(ended_by(cancelled.unwrap_or(Ending::TtlExpired), 137));
+        let own_end = began + limit.duration() + margin + sink.held_up();
+        let deadline = cancelled.map_or(own_end, |(_, until)| until).min(life_end);
+        if Instant::now() >= deadline {
+            return Ok(match cancelled {
+                Some((ending, _)) => ended_by(ending, 137),
+                None if deadline == life_end => ended_by(Ending::TtlExpired, 124),
+                None => timed_out(limit),
+            });
         }
         let event = tokio::select! {
             biased;
@@ -180,39 +205,24 @@ async fn conduct(
                     process.signal(Signal::KILL);
                     return Ok(ended_by(ending, 137));
                 }
-                cancelled = Some(ending);
-                deadline = Instant::now() + CANCEL_GRACE;
+                cancelled = Some((ending, Instant::now() + CANCEL_GRACE));
                 process.signal(Signal::TERM);
                 continue;
             }
-            // What has come is taken before anybody looks at the clock.
             event = process.next() => event,
-            () = tokio::time::sleep_until(deadline.into()) => {
-                return Ok(cancelled.map_or_else(|| timed_out(limit), |ending| ended_by(ending, 137)));
-            }
+            () = tokio::time::sleep_until(deadline) => continue,
         };
         match event {
-            Ok(Event::Output(chunk)) => {
-                let before = Instant::now();
-                tokio::select! {
-                    biased;
-                    taken = sink.take(chunk) => taken?,
-                    // The reader holds up; a cancellation and the end of the machine's life are not held up with it.
-                    ending = cancel.asked(), if cancelled.is_none() => {
-                        return Ok(ended_by(ending, 137));
-                    }
-                    () = tokio::time::sleep_until(life_end.into()) => {
-                        return Ok(ended_by(Ending::TtlExpired, 124));
-                    }
-                }
-                // The time that the reader took is not the guest's to answer for.
-                if cancelled.is_none() {
-                    deadline += before.elapsed();
-                }
-            }
+            Ok(Event::Output(chunk)) => tokio::select! {
+                biased;
+                taken = sink.take(chunk) => taken?,
+                // A reader that does not read delays neither a cancellation nor the end of the machine's life.
+                ending = cancel.asked(), if cancelled.is_none() => return Ok(ended_by(ending, 137)),
+                () = tokio::time::sleep_until(life_end) => return Ok(ended_by(Ending::TtlExpired, 124)),
+            },
             Ok(Event::Exited(exited)) => {
                 return Ok(match cancelled {
-                    Some(ending) => ended_by(ending, exit_code(&exited)),
+                    Some((ending, _)) => ended_by(ending, exit_code(&exited)),
                     None => exited_outcome(&exited, limit),
                 });
             }
@@ -223,7 +233,7 @@ async fn conduct(
                 if tokio::time::timeout(EXIT_GRACE, machine.wait()).await.is_err() {
                     return Err(unknown(&status));
                 }
-                return Ok(ended_by(cancelled.unwrap_or(Ending::GuestLost), 137));
+                return Ok(ended_by(cancelled.map_or(Ending::GuestLost, |(ending, _)| ending), 137));
             }
         }
     }
@@ -292,6 +302,11 @@ fn safe(text: &str) -> String {
     text.chars().take(500).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
+fn lost(exit: &str) -> Error {
+    let text = format!("the guest ended after the command was sent ({exit}); the command may have run");
+    Error::new(ErrorKind::OutcomeUnknown, text).hint("check what the command does before running it again")
+}
+
 fn unknown(status: &tonic::Status) -> Error {
     let text =
         format!("the connection to the guest broke ({}); the command may have run", safe(status.message()));
@@ -308,6 +323,7 @@ pub(crate) struct Output<'a> {
     pub(crate) stdout: Capture,
     pub(crate) stderr: Capture,
     observer: &'a Observer,
+    held_up: Duration,
 }
 
 /// Whose command a result is of, and how it ran.
@@ -324,7 +340,7 @@ pub(crate) struct Subject {
 
 impl<'a> Output<'a> {
     pub(crate) fn new(observer: &'a Observer) -> Self {
-        Self { stdout: Capture::default(), stderr: Capture::default(), observer }
+        Self { stdout: Capture::default(), stderr: Capture::default(), observer, held_up: Duration::ZERO }
     }
 
     /// How much of each stream has come.
@@ -380,6 +396,77 @@ impl Sink for Output<'_> {
         }
         let Some(output) = &self.observer.output else { return Ok(()) };
         let gone = |_closed| Error::new(ErrorKind::Cancelled, "the reader of the output went away");
-        output.send(chunk).await.map_err(gone)
+        let began = Instant::now();
+        let sent = output.send(chunk).await;
+        self.held_up += began.elapsed();
+        sent.map_err(gone)
+    }
+
+    fn held_up(&self) -> Duration {
+        self.held_up
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MARGIN: Duration = Duration::from_millis(100);
+
+    /// Takes output and needs a moment for each piece, which may be the reader's.
+    struct Slow {
+        is_the_readers: bool,
+        held_up: Duration,
+    }
+
+    impl Sink for Slow {
+        async fn take(&mut self, _chunk: Chunk) -> Result<(), Error> {
+            let began = Instant::now();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            if self.is_the_readers {
+                self.held_up += began.elapsed();
+            }
+            Ok(())
+        }
+
+        fn held_up(&self) -> Duration {
+            self.held_up
+        }
+    }
+
+    /// How a command ends that writes without an end, and after how long.
+    async fn end(limit: Limit, is_the_readers: bool, cancel: Cancel) -> (Option<Fault>, Duration) {
+        let mut sink = Slow { is_the_readers, held_up: Duration::ZERO };
+        let mut process = Process::Endless;
+        let began = Instant::now();
+        let ended = conduct(&mut process, None, (limit, MARGIN), &mut sink, cancel);
+        // Where it moves its own limit, it never ends.
+        let ended = tokio::time::timeout(Duration::from_secs(20), ended).await.expect("it ends");
+        (ended.expect("an outcome").fault, began.elapsed())
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_goes_on_talking_does_not_move_its_own_time_limit() {
+        let limit = Limit { asked: 0.1, left: 600.0 };
+        let (fault, took) = end(limit, false, Cancel::default()).await;
+        assert_eq!(fault, Some(Fault::Timeout));
+        assert!(took >= MARGIN, "{took:?}");
+    }
+
+    #[tokio::test]
+    async fn a_reader_lengthens_a_command_by_what_it_took_and_not_beyond_the_life_of_the_machine() {
+        let limit = Limit { asked: 0.1, left: 0.5 };
+        let (fault, took) = end(limit, true, Cancel::default()).await;
+        assert_eq!(fault, Some(Fault::TtlExpired));
+        assert!(took >= Duration::from_millis(500), "{took:?}");
+    }
+
+    #[tokio::test]
+    async fn a_cancelled_command_that_goes_on_talking_ends_after_its_grace() {
+        let cancel = watch::Sender::new(Some(Ending::Cancelled));
+        let limit = Limit { asked: 600.0, left: 600.0 };
+        let (fault, took) = end(limit, true, Cancel::new(cancel.subscribe())).await;
+        assert_eq!(fault, Some(Fault::Cancelled));
+        assert!(took >= CANCEL_GRACE, "{took:?}");
     }
 }

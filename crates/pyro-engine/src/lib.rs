@@ -17,6 +17,7 @@
 //! ```
 
 mod backend;
+mod boot_clock;
 mod budget;
 mod capture;
 #[cfg(test)]
@@ -58,8 +59,8 @@ pub use record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRe
 pub use spec::{Command, ExecSpec, VmSpec};
 pub use supervisor::supervise;
 pub use task::{
-    DeletedTask, Detached, EntryStatus, JournalEntry, LastCommand, LogEntry, LogQuery, OutputRange, TaskList,
-    TaskLogs, TaskRecord,
+    CancelledCommand, DeletedTask, Detached, EntryStatus, JournalEntry, LastCommand, LogEntry, LogQuery,
+    OutputRange, TaskList, TaskLogs, TaskRecord,
 };
 pub use template::PreparedTemplate;
 

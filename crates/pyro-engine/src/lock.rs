@@ -7,22 +7,44 @@ use std::fs::{File, TryLockError};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
+
+use pyro_process::{Holder, lock_holder, lock_within};
+
+use crate::error::Error;
+
+/// How long a lock is waited for that others hold for moments: less than the ten seconds after which a caller must hear
+/// why nothing happens.
+pub(crate) const BUSY: Duration = Duration::from_secs(8);
 
 use rustix::fs::{CWD, Mode, OFlags};
 
 /// A lock on a file that is held for a moment.
 ///
-/// It is given up in so many words, not by closing the file: a copy of this process that was forked meanwhile has the
-/// file open as well, and would hold the lock on.
+/// It is unlocked explicitly, not by closing the file: a copy of this process that was forked meanwhile has the file open
+/// as well, and would keep the lock.
 #[derive(Debug)]
 pub(crate) struct Moment(File);
 
 impl Moment {
     /// Waits for the lock on this file, which is made where there is none.
-    pub(crate) fn wait(path: &Path) -> io::Result<Self> {
-        let file = File::create(path)?;
-        file.lock()?;
-        Ok(Self(file))
+    ///
+    /// # Errors
+    /// When the file cannot be made, or another process holds the lock for too long.
+    pub(crate) fn wait(path: &Path) -> Result<Self, Error> {
+        Self::wait_for(path, BUSY)
+    }
+
+    /// As [`Moment::wait`], for no longer than `deadline`.
+    pub(crate) fn wait_for(path: &Path, deadline: Duration) -> Result<Self, Error> {
+        let locked = File::create(path).and_then(|file| Ok(lock_within(&file, deadline)?.then_some(file)));
+        match locked.map_err(|error| Error::state(path, &error))? {
+            Some(file) => Ok(Self(file)),
+            None => {
+                let what = format!("the lock '{}'", path.display());
+                Err(Error::lock_held(&what, lock_holder(path).as_ref(), deadline))
+            }
+        }
     }
 }
 
@@ -31,6 +53,18 @@ impl Drop for Moment {
         // Where that fails, closing the file does it.
         drop(self.0.unlock());
     }
+}
+
+/// The process that holds one of the registries that this process has open, where the kernel tells.
+pub(crate) fn registry_holder() -> Option<Holder> {
+    let descriptors = std::fs::read_dir("/proc/self/fd").ok()?.flatten();
+    let open = descriptors.filter_map(|descriptor| std::fs::read_link(descriptor.path()).ok());
+    // In WAL mode SQLite's locks are on the shared memory, but for those of one who recovers the database.
+    let registry = |path: &std::path::PathBuf| {
+        let name = path.file_name().unwrap_or_default();
+        name == "registry.db-shm" || name == "registry.db"
+    };
+    open.filter(registry).find_map(|path| lock_holder(&path))
 }
 
 /// What became of an attempt to lock.
@@ -93,6 +127,20 @@ fn is_at(file: &File, path: &Path) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_that_somebody_holds_for_ever_is_an_error_that_names_it() {
+        let root = tempfile::tempdir().expect("a directory");
+        let path = root.path().join("repair.lock");
+        let held = Moment::wait(&path).expect("free");
+        // Another open file of the same process conflicts as another process would.
+        let error = Moment::wait_for(&path, Duration::from_millis(50)).expect_err("held");
+        assert_eq!(error.code(), "lock_held");
+        assert!(error.to_string().contains("repair.lock"), "{error}");
+        assert!(error.remedy().is_some());
+        drop(held);
+        Moment::wait_for(&path, Duration::from_millis(50)).expect("free again");
+    }
 
     #[test]
     fn a_lock_moves_with_its_directory_and_ends_with_its_holder() {

@@ -20,8 +20,8 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::Sleep;
 
+use crate::boot_clock::Alarm;
 use crate::ending::Ending;
 use crate::error::{Error, ErrorKind};
 use crate::place::Place;
@@ -83,13 +83,16 @@ pub(crate) enum Message<M: Owned> {
 /// The senders' end.
 pub(crate) struct Mailbox<M: Owned>(mpsc::UnboundedSender<Message<M>>);
 
+/// Resolves when a machine's time is up.
+type Life = Pin<Box<dyn Future<Output = ()> + Send>>;
+
 /// The owner's end.
 pub(crate) struct Inbox<M: Owned> {
     messages: mpsc::UnboundedReceiver<Message<M>>,
     /// Came while the owner was busy.
     waiting: VecDeque<Message<M>>,
     /// Removes the machine when its time is up.
-    life: Option<Pin<Box<Sleep>>>,
+    life: Option<Life>,
     /// How a stop ends commands.
     stopped: Ending,
 }
@@ -97,7 +100,15 @@ pub(crate) struct Inbox<M: Owned> {
 /// Makes both ends. `stopped` is the ending of a command whose machine is stopped; after `life` the machine is removed.
 pub(crate) fn mailbox<M: Owned>(stopped: Ending, life: Option<Duration>) -> (Mailbox<M>, Inbox<M>) {
     let (sender, messages) = mpsc::unbounded_channel();
-    let life = life.map(|life| Box::pin(tokio::time::sleep(life)));
+    let life = life.map(|life| -> Life {
+        Box::pin(async move {
+            match Alarm::after(life) {
+                Ok(alarm) => drop(alarm.wait().await),
+                // Without a descriptor for the clock that runs on while the host sleeps, this one does.
+                Err(_) => tokio::time::sleep(life).await,
+            }
+        })
+    });
     (Mailbox(sender), Inbox { messages, waiting: VecDeque::new(), life, stopped })
 }
 
@@ -222,7 +233,7 @@ impl<M: Owned> Inbox<M> {
     }
 }
 
-async fn due(life: &mut Option<Pin<Box<Sleep>>>) {
+async fn due(life: &mut Option<Life>) {
     match life {
         Some(sleep) => sleep.await,
         None => std::future::pending().await,

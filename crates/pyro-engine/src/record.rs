@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::spec::VmSpec;
+use crate::task::boottime;
 
 /// Where a machine is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +60,10 @@ pub struct VmRecord {
     pub start_mode: Option<String>,
     pub metadata: BTreeMap<String, String>,
     pub last_error: Option<String>,
+    /// When it expires on the clock of the host's boot, in seconds: a clock that nobody can set. It is kept by the process
+    /// that the machine belongs to.
+    #[serde(skip)]
+    pub(crate) expires_at_boottime: f64,
 }
 
 impl VmRecord {
@@ -83,7 +88,13 @@ impl VmRecord {
             start_mode: None,
             metadata: BTreeMap::new(),
             last_error: None,
+            expires_at_boottime: boottime() + f64::from(spec.ttl_seconds),
         }
+    }
+
+    /// What is left of its life, in seconds; less than nothing when that is over.
+    pub(crate) fn seconds_left(&self) -> f64 {
+        self.expires_at_boottime - boottime()
     }
 }
 
@@ -192,4 +203,18 @@ pub struct NetworkInfo {
     pub network_enabled: bool,
     pub outbound_connectivity_expected: bool,
     pub reason: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clock_of_the_wall_does_not_limit_the_commands_of_a_vm() {
+        let spec = VmSpec { ttl_seconds: 60, ..VmSpec::new("debian:12") };
+        // As if the wall's clock had jumped by half a century since.
+        let record = VmRecord::new("0123456789ab", &spec, "1.0.0", "qemu-tcg", 0.0);
+        let left = record.seconds_left();
+        assert!(left > 0.0 && left <= 60.0, "{left}");
+    }
 }

@@ -15,6 +15,7 @@ use crate::observe::Observer;
 use crate::place::Terms;
 use crate::registry::now;
 use crate::spec::{Command, ExecSpec, VmSpec};
+use crate::task::boottime;
 use crate::vm::{Admitted, Machines, execute};
 
 /// How long a spare waits for somebody to use it.
@@ -61,6 +62,7 @@ impl Engine {
         record.allow_host_compat = spec.allow_host_compat;
         record.created_at = now();
         record.expires_at = record.created_at + f64::from(spec.ttl_seconds);
+        record.expires_at_boottime = boottime() + f64::from(spec.ttl_seconds);
         // A row that says less than it could is no reason to do without the machine.
         drop(self.inner.registry.update(record));
         Some(admitted)

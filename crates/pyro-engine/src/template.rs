@@ -4,9 +4,10 @@
 //! makes a guest unlike every other comes afterwards, to each by itself. It is a cache: whatever is wrong with one, the
 //! machine boots.
 
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pyro_image::{Environment, Template, TemplateFiles, TemplateShape};
@@ -39,10 +40,17 @@ const WARM_UP: &[&[&str]] = &[
 ];
 /// How long one of these may take.
 const WARM_UP_SECONDS: f64 = 60.0;
+/// How long all of them may take together, by the host's clock: the guest's own limits are the guest's to keep.
+const WARM_UP_DEADLINE: Duration = Duration::from_secs(180);
 /// How long a guest may take to come to rest.
 const REST_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a restored guest may take to answer: a tenth of a second on an idle host.
 const RESTORE_DEADLINE: Duration = Duration::from_secs(20);
+
+/// What a template is asked for by: the digest of the environment, processors, memory and disk.
+type AskedFor = (String, u8, u32, u32);
+/// Why templates could not be made when that was tried last; none where they could.
+pub(crate) type TemplateFailures = HashMap<AskedFor, Option<String>>;
 
 /// A template that was asked for.
 #[derive(Clone, Debug, Serialize)]
@@ -110,9 +118,27 @@ impl Engine {
         if spec.cold || self.inner.config.template_limit_mib == 0 {
             return;
         }
-        if let Err(error) = self.make_template(environment, spec, disk, observer).await {
-            observer.tell(Phase::Warning(format!("no template could be made, so machines boot: {error}")));
+        let made = self.make_template(environment, spec, disk, observer).await;
+        let failure = made.err().map(|error| format!("no template could be made, so machines boot: {error}"));
+        if let Some(failure) = &failure {
+            observer.tell(Phase::Warning(failure.clone()));
         }
+        self.template_failures().insert(asked_for(environment, spec), failure);
+    }
+
+    /// Writes down why there is no template for machines of this description, where making one has failed.
+    pub(crate) fn describe_template(
+        &self,
+        environment: &Environment,
+        spec: &VmSpec,
+        metadata: &mut BTreeMap<String, String>,
+    ) {
+        let failure = self.template_failures().get(&asked_for(environment, spec)).cloned().flatten();
+        metadata.extend(failure.map(|failure| ("template_error".to_owned(), failure)));
+    }
+
+    fn template_failures(&self) -> MutexGuard<'_, TemplateFailures> {
+        self.inner.template_failures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The template for a machine on this VMM; none where there is no sound one.
@@ -235,15 +261,20 @@ pub(crate) async fn save_machine(
     let machine = vmm.launch(&spec).await.map_err(|error| unavailable(&format!("phase=start: {error}")))?;
     let work = async {
         let failed = |what: &str, error: &dyn std::fmt::Display| unavailable(&format!("{what}: {error}"));
-        let stream = machine.connect().await.map_err(|error| failed("the channel", &error))?;
-        // On a serial port there is one stream, which must not close between a template and its copies.
-        let kept = stream.as_fd().try_clone_to_owned().map_err(|error| failed("the channel", &error))?;
-        let met = tokio::time::timeout(boot_deadline(vmm), Guest::meet(stream, &identity)).await;
-        let guest = met
-            .map_err(|elapsed| failed("the guest did not answer", &elapsed))?
-            .map_err(|error| failed("the guest did not answer", &error))?;
+        let meeting = async {
+            let stream = machine.connect().await.map_err(|error| failed("the channel", &error))?;
+            // On a serial port there is one stream, which must not close between a template and its copies.
+            let kept = stream.as_fd().try_clone_to_owned().map_err(|error| failed("the channel", &error))?;
+            let guest = Guest::meet(stream, &identity).await;
+            Ok((kept, guest.map_err(|error| failed("the guest did not answer", &error))?))
+        };
+        let (kept, guest) = in_time("the guest did not answer", boot_deadline(vmm), meeting).await?;
         tell("warming up");
-        warm_up(&guest).await;
+        in_time("the guest did not end its commands", WARM_UP_DEADLINE, async {
+            warm_up(&guest).await;
+            Ok(())
+        })
+        .await?;
         tell("saving");
         let rest = async {
             guest.rest().await.map_err(|status| failed("the guest did not come to rest", &status))?;
@@ -257,9 +288,7 @@ pub(crate) async fn save_machine(
                 Ok(None)
             }
         };
-        let kept = tokio::time::timeout(REST_DEADLINE, rest)
-            .await
-            .map_err(|elapsed| failed("the guest did not come to rest", &elapsed))??;
+        let kept = in_time("the guest did not come to rest", REST_DEADLINE, rest).await?;
         let saved = machine.save().await.map_err(|error| failed("it could not be saved", &error))?;
         drop(kept);
         Ok(saved)
@@ -270,6 +299,16 @@ pub(crate) async fn save_machine(
     };
     machine.kill().await;
     saved
+}
+
+/// Gives a step of the making of a template no more time than this.
+async fn in_time<T>(
+    what: &str,
+    deadline: Duration,
+    step: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    let done = tokio::time::timeout(deadline, step).await;
+    done.unwrap_or_else(|_elapsed| Err(unavailable(&format!("{what} within {} s", deadline.as_secs()))))
 }
 
 fn ended(machine: &Machine, status: &str) -> Error {
@@ -289,6 +328,10 @@ async fn warm_up(guest: &Guest) {
     }
 }
 
+fn asked_for(environment: &Environment, spec: &VmSpec) -> AskedFor {
+    (environment.digest.clone(), spec.vcpu_count, spec.mem_mib, spec.disk_mib)
+}
+
 /// What a template of this machine is named by; none where its VMM cannot save one.
 fn shape(vmm: &Driver, spec: &MachineSpec, disk_mib: u32) -> Option<TemplateShape> {
     let Capabilities { snapshot: true, .. } = vmm.capabilities() else { return None };
@@ -300,4 +343,19 @@ fn shape(vmm: &Driver, spec: &MachineSpec, disk_mib: u32) -> Option<TemplateShap
         machine: fingerprint.machine,
         tsc_khz: fingerprint.tsc_khz,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_step_of_a_template_that_never_ends_is_given_up() {
+        let never = std::future::pending::<Result<(), Error>>();
+        let what = "the guest did not end its commands";
+        let error = in_time(what, Duration::from_millis(20), never).await.expect_err("given up");
+        assert!(error.to_string().contains(what), "{error}");
+        let done = in_time(what, Duration::from_secs(60), std::future::ready(Ok(7))).await;
+        assert_eq!(done.expect("in time"), 7);
+    }
 }

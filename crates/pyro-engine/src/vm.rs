@@ -262,6 +262,9 @@ impl Engine {
                     let mut record = VmRecord::new(id, &spec, version, isolation, now());
                     let digest = digest.clone().map(|digest| ("environment_digest".to_owned(), digest));
                     record.metadata.extend(digest);
+                    if let Some((_, environment)) = &ground {
+                        engine.describe_template(environment, &spec, &mut record.metadata);
+                    }
                     record
                 })
             };
@@ -362,7 +365,7 @@ pub(crate) async fn execute(
     cancel: Cancel,
 ) -> Result<ExecResult, Error> {
     let began = Instant::now();
-    let limit = Limit { asked: exec.timeout_seconds, left: record.expires_at - now() };
+    let limit = Limit { asked: exec.timeout_seconds, left: record.seconds_left() };
     let command = exec.command.display();
     let manner = place.manner().ok_or_else(|| not_started(&record.vm_id))?;
     let mut output = Output::new(observer);

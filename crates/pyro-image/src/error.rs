@@ -2,6 +2,9 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
+
+use pyro_process::Holder;
 
 use crate::debian::DebianError;
 use crate::kernel::KernelError;
@@ -91,6 +94,20 @@ pub enum ImageError {
         /// The environment.
         name: String,
     },
+    /// Another process has held the lock of an environment for too long, or is stopped.
+    #[error(
+        "environment '{name}' is locked by {holder}; waited {seconds} s",
+        holder = holder.as_ref().map_or_else(|| "another process".to_owned(), ToString::to_string),
+        seconds = waited.as_secs()
+    )]
+    LockHeld {
+        /// The environment.
+        name: String,
+        /// Who holds it, where the kernel tells.
+        holder: Option<Holder>,
+        /// How long it was waited for.
+        waited: Duration,
+    },
     /// A disk belongs to an installation that is gone.
     #[error("environment '{name}' has changed: its installation {digest} is gone or damaged")]
     Replaced {
@@ -122,6 +139,7 @@ impl ImageError {
             Self::Damaged { .. } => "environment_damaged",
             Self::NotInstalled { .. } => "environment_not_installed",
             Self::InUse { .. } => "environment_in_use",
+            Self::LockHeld { .. } => "lock_held",
             Self::Replaced { .. } => "environment_replaced",
             Self::OverlaySize => "overlay_size",
             Self::Cancelled => "cancelled",
@@ -164,6 +182,10 @@ impl ImageError {
             Self::Damaged { name, .. } | Self::NotInstalled { name } => {
                 Some(format!("run: pyro env pull {name}"))
             }
+            Self::LockHeld { holder, .. } => Some(holder.as_ref().map_or_else(
+                || "find a pyro process that is stopped, as by Ctrl-Z, and let it go on".to_owned(),
+                Holder::remedy,
+            )),
             Self::InUse { name } => Some(format!("run again: pyro env pull {name}")),
             Self::Replaced { .. } => {
                 Some("the disk cannot be used any more: delete the task and create a new one".to_owned())

@@ -46,6 +46,7 @@ fn in_tools_words(hint: &str) -> String {
     hint.replace("pyro task start", "call task_start with task_id")
         .replace("pyro task create", "call task_create")
         .replace("pyro task delete", "call task_delete with task_id")
+        .replace(" --force", " and force")
 }
 
 /// What an agent does about an error for which the engine names no remedy.

@@ -17,6 +17,7 @@
 mod child;
 mod jail;
 mod limits;
+mod other;
 mod program;
 mod report;
 mod spawn;
@@ -24,6 +25,7 @@ mod spawn;
 pub use child::{Child, Exit, Output, output};
 pub use jail::{Bind, Jail, has_landlock};
 pub use limits::make_file_limits_errors;
+pub use other::{Holder, Other, lock_holder, lock_within};
 pub use rustix::process::Resource;
 pub use rustix::thread::UnshareFlags as Namespaces;
 pub use spawn::Spawn;

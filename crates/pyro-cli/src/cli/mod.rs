@@ -80,13 +80,24 @@ pub(crate) enum TaskVerb {
     /// Power the guest of a task off; its disk and its journal are kept
     Stop(TaskArgs),
     /// End a task and remove every trace of it
-    Delete(TaskArgs),
+    Delete(DeleteArgs),
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct TaskArgs {
     /// The task's id
     pub(crate) task_id: String,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DeleteArgs {
+    /// The task's id
+    pub(crate) task_id: String,
+    /// Kill the task's supervisor if it does not obey within 3 seconds
+    #[arg(long)]
+    pub(crate) force: bool,
     #[command(flatten)]
     pub(crate) output: Output,
 }
@@ -305,10 +316,8 @@ impl Verb {
                 TaskVerb::Logs(args) => args.output.json,
                 TaskVerb::List(output) => output.json,
                 TaskVerb::Cancel(args) | TaskVerb::Attach(AttachArgs { command: args }) => args.output.json,
-                TaskVerb::Status(args)
-                | TaskVerb::Start(args)
-                | TaskVerb::Stop(args)
-                | TaskVerb::Delete(args) => args.output.json,
+                TaskVerb::Status(args) | TaskVerb::Start(args) | TaskVerb::Stop(args) => args.output.json,
+                TaskVerb::Delete(args) => args.output.json,
             },
             Self::Mcp(verb) => verb.json(),
             Self::Env(EnvVerb::List(output) | EnvVerb::Prune(output))

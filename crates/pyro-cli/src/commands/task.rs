@@ -6,7 +6,6 @@ use pyro_engine::{
     Engine, EntryStatus, Error, ErrorKind, ExecResult, ExecSpec, JournalEntry, LogEntry, LogQuery, Observer,
     Phase, TaskRecord,
 };
-use serde_json::json;
 use tokio::sync::watch;
 
 use super::run::{command, exit, machine, telling, written};
@@ -51,7 +50,11 @@ pub(crate) async fn run(
             Ok(ExitCode::SUCCESS)
         }
         TaskVerb::Delete(args) => {
-            let deleted = engine.delete_task(&args.task_id).await?;
+            let deleted = if args.force {
+                engine.delete_task_by_force(&args.task_id).await?
+            } else {
+                engine.delete_task(&args.task_id).await?
+            };
             if printer.json() {
                 printer.object(&deleted);
             } else {
@@ -180,11 +183,13 @@ fn finish(result: &ExecResult, printer: &Printer) -> Result<ExitCode, Failure> {
 }
 
 async fn cancel(engine: &Engine, args: CommandArgs, printer: &Printer) -> Result<ExitCode, Failure> {
-    engine.cancel_task(&args.task_id, args.sequence).await?;
+    let cancelled = engine.cancel_task(&args.task_id, args.sequence).await?;
     if printer.json() {
-        printer.object(&json!({ "task_id": args.task_id, "sequence": args.sequence, "ended": true }));
-    } else {
+        printer.object(&cancelled);
+    } else if cancelled.ended {
         printer.data(&format!("Ended command {} of task {}", args.sequence, args.task_id));
+    } else {
+        printer.data(&format!("Command {} of task {} had ended before", args.sequence, args.task_id));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -52,7 +52,11 @@ fn a_vmm_that_is_killed_ends_its_command_as_an_error_and_leaves_nothing() {
         let output = child.wait_with_output().expect("pyro ends");
         let result: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one object");
         match output.status.code() {
-            Some(125) => assert_eq!(result["code"], "guest_unavailable", "{result}"),
+            // Before the command was sent, or when nobody can know what became of it.
+            Some(125) => {
+                let code = result["code"].as_str().unwrap_or_default();
+                assert!(matches!(code, "guest_unavailable" | "outcome_unknown"), "{result}");
+            }
             Some(137) => assert_eq!(result["fault"], "guest_lost", "{result}"),
             other => panic!("{other:?}: {output:?}"),
         }
@@ -130,7 +134,8 @@ fn the_three_ways_in_which_a_task_loses_its_guest_have_three_names() {
         assert!(said.starts_with(&format!("{name}: ")), "{name}: {said}");
         assert_eq!(pyro.logs(&id)[sequence - 1]["status"], "interrupted", "{name}");
         pyro.until("the VMM is gone", |pyro| pyro.vmm(&id).is_none());
-        assert_eq!(pyro.json(&["task", "start", &id, "--json"])["state"], "started", "{name}");
+        let started = pyro.json(&["task", "start", &id, "--json"]);
+        assert_eq!(started["state"], "started", "{name}: {started}");
         assert_eq!(text(&pyro.exec(&id, "cat f").stdout), "kept\n", "{name}");
     }
     pyro.ok(&["task", "delete", &id]);

@@ -13,6 +13,7 @@ mod ledger;
 mod odd_host;
 mod power_loss;
 mod run;
+mod stuck;
 mod support;
 mod task;
 mod template;

@@ -2,16 +2,13 @@
 
 use std::io;
 use std::path::Path;
-use std::time::Duration;
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, TransactionBehavior};
 
 use crate::error::{Error, ErrorKind};
-use crate::lock::Moment;
+use crate::lock::{BUSY, Moment};
 
-/// How long another process may hold the database.
-const BUSY: Duration = Duration::from_secs(10);
 const FILE: &str = "registry.db";
 
 /// The statements that lead from each layout to the next.
@@ -60,7 +57,7 @@ pub(super) enum Found {
 pub(super) fn open(state_dir: &Path) -> Result<(Connection, Found), Error> {
     let failed = |error: io::Error| Error::state(state_dir, &error);
     // Two processes that switch a new database to WAL at once fail; so the first open is for one alone.
-    let init = Moment::wait(&state_dir.join("registry.db.init")).map_err(failed)?;
+    let init = Moment::wait(&state_dir.join("registry.db.init"))?;
     let opened = match open_once(state_dir) {
         Err(Failed::NoDatabase) => {
             // Nothing in it can be trusted. It is kept for whoever wants to know why, and made anew.

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use rusqlite::{Connection, params};
 
@@ -17,7 +18,12 @@ use crate::error::{Error, ErrorKind};
 use crate::files;
 use crate::lock::{self, Attempt};
 use crate::record::VmState;
-use crate::task::{TaskDirectory, TaskFile, TaskFileError};
+use crate::task::{TaskDirectory, TaskFile, TaskFileError, owner};
+
+/// How long after a task's time its supervisor may need to end it: longer than its commands and its guest take.
+const OVERDUE: Duration = Duration::from_secs(5);
+/// How long a sweep waits for others that put tasks in order.
+const SWEEP_WAITS: Duration = Duration::from_secs(1);
 
 /// Whether a task has a supervisor, found out by its lock.
 #[derive(Debug)]
@@ -97,18 +103,31 @@ impl Registry {
     /// Takes the lock of a task if it has no supervisor, after putting its record in order.
     pub(crate) fn lock_task(&self, id: &str) -> Result<TaskLock, Error> {
         let directory = self.task_directory(id)?;
-        let _repair = self.repair_lock()?;
+        let _repair = self.repair_lock(lock::BUSY)?;
         self.lock_under_repair(id, &directory)
     }
 
     /// Whoever takes the lock of a task without a supervisor does so under this one, for a moment: so a lock that is
     /// held is held by a supervisor, or by the birth of one.
-    fn repair_lock(&self) -> Result<lock::Moment, Error> {
-        lock::Moment::wait(&self.state_dir.join("repair.lock"))
-            .map_err(|error| Error::state(&self.state_dir, &error))
+    fn repair_lock(&self, deadline: Duration) -> Result<lock::Moment, Error> {
+        lock::Moment::wait_for(&self.state_dir.join("repair.lock"), deadline)
     }
 
     fn lock_under_repair(&self, id: &str, directory: &TaskDirectory) -> Result<TaskLock, Error> {
+        match self.attempt(id, directory.path()).map_err(|error| Error::state(directory.path(), &error))? {
+            Attempt::Held => self.end_overdue(id, directory),
+            Attempt::Gone => Err(self.missing("task", id)),
+            Attempt::Locked(lock) => self.put_in_order(id, directory, lock),
+        }
+    }
+
+    /// Ends a task whose time was up some seconds ago and whose supervisor, being stopped or stuck, has not ended it.
+    fn end_overdue(&self, id: &str, directory: &TaskDirectory) -> Result<TaskLock, Error> {
+        // A record that cannot be read says nothing, so it is no reason to kill anybody.
+        let is_overdue = matches!(TaskFile::read(directory), Ok(Some(file)) if file.overdue() > OVERDUE);
+        if !is_overdue || !owner::kill(directory)? {
+            return Ok(TaskLock::Held);
+        }
         match self.attempt(id, directory.path()).map_err(|error| Error::state(directory.path(), &error))? {
             Attempt::Held => Ok(TaskLock::Held),
             Attempt::Gone => Err(self.missing("task", id)),
@@ -201,7 +220,8 @@ impl Registry {
     /// Puts every task without a supervisor in order.
     pub(super) fn sweep_tasks(&self, swept: &mut Swept) {
         let entries = self.entries("tasks", &mut swept.problems);
-        let repair = self.repair_lock();
+        // What this command is for matters more than what others have left.
+        let repair = self.repair_lock(SWEEP_WAITS);
         if let Err(error) = &repair {
             return swept.problems.push(error.to_string());
         }

@@ -3,7 +3,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, watch};
@@ -26,6 +26,9 @@ use crate::task::writer::{NewEntry, Writer};
 
 /// Events that may wait for a caller.
 const QUEUE: usize = 4;
+/// How long a caller may take for a piece of output. A slower one reads the journal's files from there on, and the command
+/// goes on without it.
+const SLOW: Duration = Duration::from_millis(500);
 
 /// What a caller is sent.
 pub(super) type Events = Pin<Box<dyn tokio_stream::Stream<Item = Result<Event, tonic::Status>> + Send>>;
@@ -54,6 +57,7 @@ impl Supervisor {
         // The last event has a place of its own, so that telling it waits for nobody.
         let (last, told_last) = mpsc::channel(1);
         let sink = Journaled {
+            supervisor: Arc::clone(self),
             writer,
             caller: attached.then_some(sender),
             last: attached.then_some(last),
@@ -130,34 +134,43 @@ impl Supervisor {
 
     /// Writes the end of a command down, then tells it.
     fn finish(self: &Arc<Self>, sink: Journaled) {
-        let Journaled { mut writer, caller, last, progress, .. } = sink;
+        let Journaled { mut writer, caller, last, progress, supervisor: _, cancel: _ } = sink;
         // What is in its queue comes before the last event.
         drop(caller);
         let sequence = writer.entry.sequence;
         // As output, it goes to the kernel and no further for now; to have another thread do it takes longer.
-        let entry = match writer.finish() {
+        let end = match writer.finish() {
             Ok(()) => {
                 self.unsettled.ended(sequence);
-                Some(writer.entry)
+                ended_event(&writer.entry)
             }
             Err(error) => {
                 super::serve::complain(&format!(
                     "the end of command {sequence} could not be recorded: {error}"
                 ));
+                if is_full(&error) {
+                    let entry = &mut writer.entry;
+                    entry.fault.get_or_insert(Fault::DiskFull);
+                    entry
+                        .reason
+                        .get_or_insert_with(|| "the disk of the host was full when it ended".to_owned());
+                }
+                let end = unrecorded_event(&writer.entry);
+                self.unsettled.cannot_write(writer.entry.clone());
                 self.finish_later(writer);
-                None
+                end
             }
         };
-        if let (Some(last), Some(entry)) = (last, entry) {
+        if let Some(last) = last {
             // A caller that is gone does not hear it.
-            last.try_send(Ok(Event { kind: Some(ended_event(&entry)) })).ok();
+            last.try_send(Ok(Event { kind: Some(end) })).ok();
         }
         progress.send_modify(|progress| progress.ended = true);
         self.commands.ended(sequence);
     }
 
-    /// A full disk does not stay full for ever: an end that could not be written down is tried again until it is, or
-    /// until the task is gone.
+    /// Tries to write an end that could not be written, again and again until the disk has room for it or the task is
+    /// gone. Callers are told of the end meanwhile.
     fn finish_later(self: &Arc<Self>, mut writer: Writer) {
         let supervisor = Arc::clone(self);
         drop(tokio::spawn(async move {
@@ -204,6 +217,30 @@ impl Supervisor {
             _ = place.wait_for(Place::is_none) => return Ok(()),
         }
         drop(caller.send(Ok(Event { kind: Some(event::Kind::Started(sequence)) })).await);
+        if self.pass_output_on(sequence, &mut offsets, caller).await? {
+            let kind = match self.unsettled.unwritten_end(sequence) {
+                Some(entry) => Some(unrecorded_event(&entry)),
+                None => {
+                    let entry = self.journal.entry(sequence)?;
+                    entry
+                        .filter(|entry| entry.status != EntryStatus::Running)
+                        .map(|entry| ended_event(&entry))
+                }
+            };
+            if let Some(kind) = kind {
+                drop(caller.send(Ok(Event { kind: Some(kind) })).await);
+            }
+        }
+        Ok(())
+    }
+
+    /// Passes what a command writes on from these offsets, until it has ended; false when the caller is gone.
+    async fn pass_output_on(
+        &self,
+        sequence: u64,
+        offsets: &mut [u64; 2],
+        caller: &Caller,
+    ) -> io::Result<bool> {
         let mut progress = self.commands.get(sequence).map(|handle| handle.progress);
         loop {
             // What is seen here is in the files; more may be.
@@ -211,7 +248,7 @@ impl Supervisor {
                 Some(progress) => progress.borrow_and_update().ended,
                 None => true,
             };
-            for (stream, offset) in [Stream::Stdout, Stream::Stderr].into_iter().zip(&mut offsets) {
+            for (stream, offset) in [Stream::Stdout, Stream::Stderr].into_iter().zip(offsets.iter_mut()) {
                 let reader = self.journal.reader(sequence, stream, *offset)?;
                 let Some(mut reader) = reader.map(tokio::fs::File::from_std) else { continue };
                 loop {
@@ -222,12 +259,12 @@ impl Supervisor {
                     }
                     *offset += length as u64;
                     if caller.send(Ok(output_event(Chunk { stream, bytes }))).await.is_err() {
-                        return Ok(());
+                        return Ok(false);
                     }
                 }
             }
             if ended {
-                break;
+                return Ok(true);
             }
             if let Some(watched) = &mut progress
                 && watched.changed().await.is_err()
@@ -235,12 +272,20 @@ impl Supervisor {
                 progress = None;
             }
         }
-        if let Some(entry) =
-            self.journal.entry(sequence)?.filter(|entry| entry.status != EntryStatus::Running)
-        {
-            drop(caller.send(Ok(Event { kind: Some(ended_event(&entry)) })).await);
-        }
-        Ok(())
+    }
+
+    /// Lets a slow caller read the journal's files from these offsets on. Its end comes on a channel of its own.
+    fn let_read_on(self: &Arc<Self>, sequence: u64, mut offsets: [u64; 2], caller: Caller) {
+        let supervisor = Arc::clone(self);
+        drop(tokio::spawn(async move {
+            let mut gone = supervisor.gone.subscribe();
+            tokio::select! {
+                _ = gone.wait_for(|gone| *gone) => {}
+                () = caller.closed() => {}
+                // What cannot be read here, the caller looks for in the journal itself.
+                _ = supervisor.pass_output_on(sequence, &mut offsets, &caller) => {}
+            }
+        }));
     }
 
     /// Ends one command; it has ended when this returns.
@@ -255,6 +300,7 @@ impl Supervisor {
 
 /// Puts output into the journal, then before the caller and whoever follows.
 struct Journaled {
+    supervisor: Arc<Supervisor>,
     writer: Writer,
     /// None: nobody waits for this command, or not any more.
     caller: Option<Caller>,
@@ -266,6 +312,7 @@ struct Journaled {
 
 impl Sink for Journaled {
     async fn take(&mut self, chunk: Chunk) -> Result<(), Error> {
+        let before = self.writer.kept();
         self.writer.append(chunk.stream, &chunk.bytes).map_err(|error| {
             let text = format!("the command was ended, because its output could not be written: {error}");
             Error::new(ErrorKind::HostResources, text)
@@ -278,16 +325,29 @@ impl Sink for Journaled {
         if let Some(caller) = &self.caller {
             let sent = tokio::select! {
                 biased;
-                sent = caller.send(Ok(output_event(chunk))) => sent.is_ok(),
-                // A caller that takes nothing does not hold the end of a command up; it finds the rest in the journal.
-                _ = self.cancel.asked() => false,
+                sent = tokio::time::timeout(SLOW, caller.send(Ok(output_event(chunk)))) => sent,
+                // A caller that takes nothing does not delay the end of a command; it finds the rest in the journal.
+                _ = self.cancel.asked() => {
+                    self.caller = None;
+                    return Ok(());
+                }
             };
-            if !sent {
-                self.caller = None;
+            match sent {
+                Ok(Ok(())) => {}
+                Ok(Err(_gone)) => self.caller = None,
+                Err(_slow) => {
+                    if let Some(caller) = self.caller.take() {
+                        self.supervisor.let_read_on(self.writer.entry.sequence, before, caller);
+                    }
+                }
             }
         }
         Ok(())
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 fn output_event(chunk: Chunk) -> Event {
@@ -300,6 +360,10 @@ fn output_event(chunk: Chunk) -> Event {
 
 fn ended_event(entry: &JournalEntry) -> event::Kind {
     event::Kind::Ended(serde_json::to_vec(entry).unwrap_or_default().into())
+}
+
+fn unrecorded_event(entry: &JournalEntry) -> event::Kind {
+    event::Kind::EndedUnrecorded(serde_json::to_vec(entry).unwrap_or_default().into())
 }
 
 /// How a command is told to have ended that could not be sent, or not be brought to its end.

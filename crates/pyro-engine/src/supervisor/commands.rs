@@ -118,7 +118,8 @@ impl Commands {
 
     /// Commands may run again.
     pub(super) fn reopen(&self) {
-        self.running().ending = None;
+        let mut running = self.running();
+        running.ending = None;
     }
 
     fn running(&self) -> MutexGuard<'_, Running> {

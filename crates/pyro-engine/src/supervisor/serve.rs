@@ -8,8 +8,6 @@ use std::time::Duration;
 
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
-use tokio::io::unix::AsyncFd;
 use tokio::net::{UnixListener as TokioListener, UnixStream};
 use tokio::task::JoinSet;
 use tokio_stream::{Stream, StreamExt};
@@ -18,11 +16,14 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::Supervisor;
 use super::command::Events;
+use crate::boot_clock::Alarm;
 use crate::ending::{Ending, Noun};
+use crate::place::Place;
 use crate::spec::{Command, ExecSpec};
 use crate::task::supervisor_proto::supervisor_server::{Supervisor as Service, SupervisorServer};
 use crate::task::supervisor_proto::{
-    CancelRequest, DeleteRequest, Done, ExecInput, FollowRequest, StartRequest, StopRequest, exec_input,
+    CancelRequest, DeleteRequest, Done, ExecInput, FollowRequest, HelloReply, HelloRequest, StartRequest,
+    StopRequest, exec_input,
 };
 use crate::task::to_status;
 
@@ -31,6 +32,10 @@ const LAST_ANSWER: Duration = Duration::from_secs(10);
 /// How long descriptors are given to become free.
 const NO_DESCRIPTORS: Duration = Duration::from_millis(50);
 const WINDOW: u32 = 1 << 20;
+/// How long a guest may take to write its disks when this process was told to end, and how long everything may take then:
+/// who sent the signal waits two seconds.
+const GUEST_SYNCS: Duration = Duration::from_secs(1);
+const TERMINATED: Duration = Duration::from_millis(1600);
 
 /// Answers callers until the task is gone.
 pub(super) async fn until_gone(supervisor: Arc<Supervisor>, listener: UnixListener) -> io::Result<()> {
@@ -38,9 +43,10 @@ pub(super) async fn until_gone(supervisor: Arc<Supervisor>, listener: UnixListen
     let listener = TokioListener::from_std(listener)?;
     let mut gone = supervisor.gone.subscribe();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    let life = life(&supervisor)?;
+    let life = Alarm::after(supervisor.file().life_left())?;
     drop(tokio::spawn(super::clock::follow(Arc::clone(&supervisor))));
     let mut connections = JoinSet::new();
+    let mut removal = JoinSet::new();
     loop {
         tokio::select! {
             _ = gone.wait_for(|gone| *gone) => break,
@@ -55,20 +61,23 @@ pub(super) async fn until_gone(supervisor: Arc<Supervisor>, listener: UnixListen
             }
             // Connections that have ended are let go of.
             Some(_) = connections.join_next() => {}
-            over = life.readable() => {
-                over?.retain_ready();
-                let removed = supervisor.owner.remove(Ending::TtlExpired).await;
-                if let Err(error) = removed {
-                    complain(&format!("the task's time is up, and it cannot be removed: {error}"));
-                    return Ok(());
-                }
+            over = life.wait(), if removal.is_empty() => {
+                over?;
+                let supervisor = Arc::clone(&supervisor);
+                removal.spawn(async move { supervisor.owner.remove(Ending::TtlExpired).await });
+            }
+            Some(removed) = removal.join_next() => {
+                let error = match removed {
+                    Ok(Ok(())) => continue,
+                    Ok(Err(error)) => error.to_string(),
+                    Err(panic) => panic.to_string(),
+                };
+                // Once this process has ended, the next command of any kind removes the task.
+                complain(&format!("the task's time is up, and it cannot be removed: {error}"));
+                return Ok(());
             }
             _ = terminate.recv() => {
-                // The host goes down, or an administrator wants this process gone: the disk is left whole.
-                let why = "supervisor_terminated: the task's supervisor was told to end";
-                if let Err(error) = supervisor.stop(Some(why)).await {
-                    complain(&format!("the task could not be stopped: {error}"));
-                }
+                terminated(&supervisor).await;
                 return Ok(());
             }
         }
@@ -79,24 +88,23 @@ pub(super) async fn until_gone(supervisor: Arc<Supervisor>, listener: UnixListen
     Ok(())
 }
 
-/// Becomes readable when the task's life is over, on a clock that nobody can set and that runs on while the host
-/// sleeps.
-fn life(supervisor: &Supervisor) -> io::Result<AsyncFd<std::os::fd::OwnedFd>> {
-    let left = supervisor.file().life_left().max(Duration::from_millis(1));
-    let timer = rustix::time::timerfd_create(
-        TimerfdClockId::Boottime,
-        TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
-    )?;
-    let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let value = Timespec {
-        tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: i64::from(left.subsec_nanos()),
+/// Stops the task because the host goes down, or an administrator wants this process gone: its disk is left as whole as there
+/// is time for.
+async fn terminated(supervisor: &Arc<Supervisor>) {
+    let place = supervisor.place.borrow().clone();
+    let stop = supervisor.stop(Some("supervisor_terminated: the task's supervisor was told to end"));
+    let end_guest = async {
+        if let Place::Guest(running) = place {
+            // At once, not after its commands: the guest kills these, writes its disks, and ends.
+            drop(tokio::time::timeout(GUEST_SYNCS, running.guest.power_off()).await);
+            running.machine.kill().await;
+        }
     };
-    let once = Itimerspec { it_interval: zero, it_value: value };
-    rustix::time::timerfd_settime(&timer, TimerfdTimerFlags::empty(), &once)?;
-    #[expect(unsafe_code, reason = "tokio asks for a promise about the descriptor")]
-    // SAFETY: the timer owns its descriptor, and lives in what is made here.
-    unsafe { AsyncFd::register(timer) }.map_err(io::Error::from)
+    match tokio::time::timeout(TERMINATED, async { tokio::join!(stop, end_guest) }).await {
+        Ok((Ok(()), ())) => {}
+        Ok((Err(error), ())) => complain(&format!("the task could not be stopped: {error}")),
+        Err(_elapsed) => complain("the task could not be stopped in time; its VMM dies with this process"),
+    }
 }
 
 /// One connection, until its caller goes away or the task does.
@@ -157,6 +165,10 @@ impl Service for Calls {
     async fn follow(&self, request: Request<FollowRequest>) -> Result<Response<Events>, Status> {
         let FollowRequest { sequence, stdout_offset, stderr_offset } = request.into_inner();
         Ok(Response::new(self.0.follow(sequence, [stdout_offset, stderr_offset])))
+    }
+
+    async fn hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
+        Ok(Response::new(HelloReply {}))
     }
 
     async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<Done>, Status> {

@@ -1,12 +1,12 @@
 //! The entries that become durable in their own time: whoever waits has its answer by then, and few writes to the disk serve
 //! all commands that have begun or ended meanwhile.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use crate::task::journal::Journal;
+use crate::task::journal::{Journal, JournalEntry};
 use crate::task::starts::{Slot, Starts};
 use crate::task::writer::{NewEntry, Writer};
 
@@ -22,6 +22,8 @@ pub(super) struct Unsettled {
     /// Made while the first command runs.
     starts: OnceLock<Starts>,
     due: Mutex<Due>,
+    /// Ends that could not be written yet. Callers are told of them from here.
+    unwritten: Mutex<BTreeMap<u64, JournalEntry>>,
     /// Held by whoever makes some durable: when it is free, all that were taken are.
     settling: Mutex<()>,
 }
@@ -36,7 +38,13 @@ struct Due {
 
 impl Unsettled {
     pub(super) fn of(journal: Journal) -> Arc<Self> {
-        Arc::new(Self { journal, starts: OnceLock::new(), due: Mutex::default(), settling: Mutex::default() })
+        Arc::new(Self {
+            journal,
+            starts: OnceLock::new(),
+            due: Mutex::default(),
+            unwritten: Mutex::default(),
+            settling: Mutex::default(),
+        })
     }
 
     /// Gives a command its number; its start is durable when this returns. To be called where it may block.
@@ -48,9 +56,20 @@ impl Unsettled {
         Ok(writer)
     }
 
-    /// A command has ended.
+    /// A command has ended, and its end is in its file.
     pub(super) fn ended(self: &Arc<Self>, sequence: u64) {
+        self.unwritten().remove(&sequence);
         self.add(|due| due.ended.push(sequence));
+    }
+
+    /// A command has ended, and its end cannot be written now.
+    pub(super) fn cannot_write(&self, entry: JournalEntry) {
+        self.unwritten().insert(entry.sequence, entry);
+    }
+
+    /// The end of a command that is not in its file yet.
+    pub(super) fn unwritten_end(&self, sequence: u64) -> Option<JournalEntry> {
+        self.unwritten().get(&sequence).cloned()
     }
 
     /// Makes what the next command needs, while nobody waits. To be called where it may block.
@@ -121,6 +140,10 @@ impl Unsettled {
             }
         }
         result
+    }
+
+    fn unwritten(&self) -> MutexGuard<'_, BTreeMap<u64, JournalEntry>> {
+        self.unwritten.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn due(&self) -> MutexGuard<'_, Due> {

@@ -8,6 +8,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyro_process::Spawn;
 use pyro_vmm::DiskCache;
@@ -21,13 +22,16 @@ use crate::record::VmState;
 use crate::registry::{Registry, now, this_process};
 use crate::spec::VmSpec;
 use crate::task::file::{LAYOUT_VERSION, TaskFile, boot_id, boottime};
-use crate::task::{TaskDirectory, TaskRecord, socket};
+use crate::task::{TaskDirectory, TaskRecord, owner, socket};
 use crate::template::NO_TEMPLATE;
 
 /// The numbers under which a supervisor finds what it is handed.
 pub(crate) const LOCK_FD: RawFd = 3;
 pub(crate) const CONTROL_FD: RawFd = 4;
 pub(crate) const READY_FD: RawFd = 5;
+
+/// How long a supervisor may take to report: longer than a guest may take to be restored, and to boot after that.
+const REPORTED: Duration = Duration::from_secs(200);
 
 /// Why a supervisor is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -170,6 +174,9 @@ impl Engine {
             metadata: std::collections::BTreeMap::new(),
             last_error: None,
         };
+        if let Some((_, environment)) = &ground {
+            self.describe_template(environment, &spec, &mut file.metadata);
+        }
         let engine = self.clone();
         let (mut unborn, file) = self
             .blocking(move || {
@@ -194,7 +201,7 @@ impl Engine {
         let report = self.spawn_supervisor(lock, Kind::Create, spec.cold, file)?;
         // It is the supervisor's from here on: where nobody waits for its report any more, it removes the task.
         drop(unborn.lock.take());
-        hear(report, &id).await?;
+        self.hear(report, &id).await?;
         // The environment stays leased until the supervisor has its own lease.
         drop(ground);
         let record = self.status_task(&id).await?;
@@ -216,7 +223,7 @@ impl Engine {
         .await?;
         let report = self.spawn_supervisor(lock, Kind::Start, false, file);
         let heard = match report {
-            Ok(report) => hear(report, &id).await,
+            Ok(report) => self.hear(report, &id).await,
             Err(error) => Err(error),
         };
         if heard.is_err() {
@@ -260,6 +267,26 @@ impl Engine {
         // Where it died already, its report says so.
         drop(order_write.write_all(&order));
         Ok(File::from(OwnedFd::from(ready_read)))
+    }
+}
+
+impl Engine {
+    /// Waits for the supervisor's report. One that is stopped or stuck is killed: what it has left is put in order by the next
+    /// look at the task.
+    async fn hear(&self, report: File, id: &str) -> Result<(), Error> {
+        let Ok(heard) = tokio::time::timeout(REPORTED, hear(report, id)).await else {
+            let directory = self.inner.registry.task_path(id);
+            let (engine, id) = (self.clone(), id.to_owned());
+            return self
+                .blocking(move || {
+                    let error = owner::silent(&directory, REPORTED, false);
+                    owner::kill(&directory)?;
+                    drop(engine.inner.registry.lock_task(&id));
+                    Err(error)
+                })
+                .await;
+        };
+        heard
     }
 }
 

@@ -1,7 +1,9 @@
 //! The caller's end of a supervisor's socket.
 
 use std::io;
+use std::pin::Pin;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
@@ -9,10 +11,11 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use crate::error::{Error, ErrorKind};
-use crate::task::{TaskDirectory, socket};
+use crate::task::{TaskDirectory, owner, socket};
 use supervisor_proto::supervisor_client::SupervisorClient;
 use supervisor_proto::{
-    CancelRequest, DeleteRequest, Event, ExecInput, FollowRequest, StartRequest, StopRequest,
+    CancelRequest, DeleteRequest, Done, Event, ExecInput, FollowRequest, HelloRequest, StartRequest,
+    StopRequest, event,
 };
 
 #[expect(
@@ -26,8 +29,49 @@ pub(crate) mod supervisor_proto {
 
 const WINDOW: u32 = 1 << 20;
 
-/// A connection to a living supervisor.
-pub(crate) struct Client(SupervisorClient<Channel>);
+/// How long a supervisor may say nothing before it is asked whether it lives.
+const QUIET: Duration = Duration::from_secs(3);
+/// How long it may take to answer that: at once, and seconds where the host is crowded.
+const ANSWER: Duration = Duration::from_secs(3);
+/// How often it is asked. If this process was stopped itself, the first answer is there and not read yet.
+const ATTEMPTS: u32 = 2;
+
+/// A connection to a supervisor. Each call ends with an error once the supervisor has not answered for some seconds,
+/// however long the call itself may take.
+pub(crate) struct Client {
+    calls: SupervisorClient<Channel>,
+    directory: TaskDirectory,
+}
+
+/// What comes of a command that is run or followed.
+pub(crate) struct Events {
+    events: tonic::Streaming<Event>,
+    silence: Pin<Box<dyn Future<Output = Error> + Send>>,
+}
+
+impl Events {
+    /// The next event; none when the connection broke, or the supervisor has no more to tell.
+    ///
+    /// # Errors
+    /// When the supervisor tells one, or has not answered for some time.
+    pub(crate) async fn next(&mut self) -> Result<Option<event::Kind>, Error> {
+        loop {
+            let message = tokio::select! {
+                biased;
+                message = self.events.message() => message,
+                error = &mut self.silence => return Err(error),
+            };
+            match message {
+                // A newer supervisor may tell what this version does not know.
+                Ok(Some(Event { kind: None })) => {}
+                Ok(Some(Event { kind })) => return Ok(kind),
+                Ok(None) => return Ok(None),
+                Err(status) if is_answer(&status) => return Err(from_status(&status)),
+                Err(_broken) => return Ok(None),
+            }
+        }
+    }
+}
 
 /// An error on its way between two processes.
 #[derive(Serialize, Deserialize)]
@@ -37,12 +81,15 @@ struct Told {
 }
 
 impl Client {
-    /// Connects; none where there is no supervisor.
+    /// Connects; none where there is no supervisor, or so many callers wait for it that no more can.
     pub(crate) async fn connect(directory: &TaskDirectory) -> Result<Option<Self>, Error> {
         let stream = match socket::connect(directory).await {
             Ok(stream) => stream,
             Err(error)
-                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock
+                ) =>
             {
                 return Ok(None);
             }
@@ -61,39 +108,99 @@ impl Client {
             .connect_with_connector(connector)
             .await;
         // It may have died between the two.
-        Ok(channel.ok().map(|channel| Self(SupervisorClient::new(channel))))
+        let directory = directory.clone();
+        Ok(channel.ok().map(|channel| Self { calls: SupervisorClient::new(channel), directory }))
     }
 
+    /// Runs a command; none when the connection broke over it.
     pub(crate) async fn exec(
-        &mut self,
+        &self,
         inputs: impl tokio_stream::Stream<Item = ExecInput> + Send + 'static,
-    ) -> Result<tonic::Streaming<Event>, Status> {
-        self.0.exec(inputs).await.map(tonic::Response::into_inner)
+    ) -> Result<Option<Events>, Error> {
+        let mut calls = self.calls.clone();
+        self.events(true, calls.exec(inputs)).await
     }
 
-    pub(crate) async fn follow(&mut self, request: FollowRequest) -> Result<tonic::Streaming<Event>, Status> {
-        self.0.follow(request).await.map(tonic::Response::into_inner)
+    /// Follows a command; none when the connection broke over it.
+    pub(crate) async fn follow(&self, request: FollowRequest) -> Result<Option<Events>, Error> {
+        let mut calls = self.calls.clone();
+        self.events(false, calls.follow(request)).await
     }
 
-    pub(crate) async fn cancel(&mut self, sequence: u64) -> Result<(), Error> {
-        done(self.0.cancel(CancelRequest { sequence }).await)
+    pub(crate) async fn cancel(&self, sequence: u64) -> Result<(), Error> {
+        let mut calls = self.calls.clone();
+        self.done(calls.cancel(CancelRequest { sequence })).await
     }
 
-    pub(crate) async fn start(&mut self, cap: u32) -> Result<(), Error> {
-        done(self.0.start(StartRequest { cap }).await)
+    pub(crate) async fn start(&self, cap: u32) -> Result<(), Error> {
+        let mut calls = self.calls.clone();
+        self.done(calls.start(StartRequest { cap })).await
     }
 
-    pub(crate) async fn stop(&mut self) -> Result<(), Error> {
-        done(self.0.stop(StopRequest {}).await)
+    pub(crate) async fn stop(&self) -> Result<(), Error> {
+        let mut calls = self.calls.clone();
+        self.done(calls.stop(StopRequest {})).await
     }
 
-    pub(crate) async fn delete(&mut self) -> Result<(), Error> {
-        done(self.0.delete(DeleteRequest {}).await)
+    pub(crate) async fn delete(&self) -> Result<(), Error> {
+        let mut calls = self.calls.clone();
+        self.done(calls.delete(DeleteRequest {})).await
+    }
+
+    async fn done(&self, call: impl Future<Output = Reply<Done>>) -> Result<(), Error> {
+        tokio::select! {
+            biased;
+            reply = call => reply.map(drop).map_err(|status| from_status(&status)),
+            error = self.silence(false) => Err(error),
+        }
+    }
+
+    async fn events(
+        &self,
+        sent: bool,
+        call: impl Future<Output = Reply<tonic::Streaming<Event>>>,
+    ) -> Result<Option<Events>, Error> {
+        let mut silence = Box::pin(self.silence(sent));
+        let reply = tokio::select! {
+            biased;
+            reply = call => reply,
+            error = &mut silence => return Err(error),
+        };
+        match reply {
+            Ok(events) => Ok(Some(Events { events: events.into_inner(), silence })),
+            Err(status) if is_answer(&status) => Err(from_status(&status)),
+            Err(_broken) => Ok(None),
+        }
+    }
+
+    /// Resolves once the supervisor has not answered for some time; never while it does.
+    fn silence(&self, sent: bool) -> impl Future<Output = Error> + Send + use<> {
+        let (mut calls, directory) = (self.calls.clone(), self.directory.clone());
+        async move {
+            loop {
+                tokio::time::sleep(QUIET).await;
+                let mut answers = false;
+                for _ in 0..ATTEMPTS {
+                    // Any answer will do, also that there is no such call; a broken connection ends the call itself.
+                    answers = tokio::time::timeout(ANSWER, calls.hello(HelloRequest {})).await.is_ok();
+                    if answers {
+                        break;
+                    }
+                }
+                if !answers {
+                    return silent(directory, QUIET + ANSWER * ATTEMPTS, sent).await;
+                }
+            }
+        }
     }
 }
 
-fn done<T>(reply: Result<tonic::Response<T>, Status>) -> Result<(), Error> {
-    reply.map(drop).map_err(|status| from_status(&status))
+type Reply<T> = Result<tonic::Response<T>, Status>;
+
+/// The error of a supervisor that does not answer. To name it takes looking at all processes.
+pub(super) async fn silent(directory: TaskDirectory, waited: Duration, sent: bool) -> Error {
+    let named = tokio::task::spawn_blocking(move || owner::silent(&directory, waited, sent)).await;
+    named.unwrap_or_else(|error| Error::host("a thread", &error))
 }
 
 /// What an error looks like on the socket.
@@ -116,7 +223,7 @@ pub(crate) fn from_status(status: &Status) -> Error {
 }
 
 /// Whether the supervisor has answered at all, as opposed to a connection that broke.
-pub(crate) fn is_answer(status: &Status) -> bool {
+fn is_answer(status: &Status) -> bool {
     serde_json::from_slice::<Told>(status.details()).is_ok()
 }
 

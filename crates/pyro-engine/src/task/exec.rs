@@ -6,12 +6,9 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
 
-use super::client::supervisor_proto::{
-    Event, ExecInput, ExecStart, FollowRequest, StdinEnd, event, exec_input,
-};
-use super::client::{Client, from_status, is_answer};
+use super::client::Events;
+use super::client::supervisor_proto::{ExecInput, ExecStart, FollowRequest, StdinEnd, event, exec_input};
 use super::record::Detached;
 use super::{EntryStatus, Found, JournalEntry, TaskFile, not_started};
 use crate::engine::Engine;
@@ -26,8 +23,17 @@ use crate::spec::{Command, ExecSpec};
 
 /// Pieces of stdin that may wait for the supervisor.
 const QUEUE: usize = 4;
-/// Between two looks at a command whose end the supervisor could not write down.
+/// Between two looks at a command whose supervisor has no more to tell and has not written its end.
 const UNWRITTEN: Duration = Duration::from_millis(500);
+/// How often that is looked at in a row.
+const LOOKS: u32 = 20;
+
+/// A command that has ended.
+struct Ended {
+    entry: JournalEntry,
+    /// Whether its entry is in the journal; false while the host's disk is full.
+    is_recorded: bool,
+}
 
 impl Engine {
     /// Runs one command in a task. A command that fails is a result. Dropping the future does not end the command:
@@ -44,14 +50,16 @@ impl Engine {
         let (file, sent) = tokio::join!(self.record_of(task_id), self.send(task_id, exec, true));
         let (events, request_id) = sent?;
         let mut output = Output::new(&observer);
-        if let Some(mut events) = events
-            && let Some(entry) = take(&mut events, &observer, &mut output).await?
-        {
-            if output.totals() != [entry.stdout_bytes, entry.stderr_bytes] {
-                // It was ended over a slow reader. The journal has the rest, unless it went with the task.
-                drop(self.replay(task_id, &entry, &mut output).await);
+        if let Some(mut events) = events {
+            let taken = take(&mut events, &observer, &mut output).await;
+            if let Some(ended) = self.unless_expired(task_id, taken).await? {
+                let Ended { entry, .. } = &ended;
+                if output.totals() != [entry.stdout_bytes, entry.stderr_bytes] {
+                    // It was ended over a slow reader. The journal has the rest, unless it went with the task.
+                    drop(self.replay(task_id, entry, &mut output).await);
+                }
+                return Ok(result(task_id, file, ended, output).await);
             }
-            return Ok(result(task_id, file, entry, output).await);
         }
         // The connection broke, or this caller took its output too slowly when the command was ended: the journal has
         // the rest.
@@ -103,8 +111,8 @@ impl Engine {
         let started =
             |sequence| Detached { task_id: task_id.to_owned(), sequence, status: EntryStatus::Running };
         if let Some(mut events) = events {
-            while let Ok(Some(event)) = events.message().await {
-                if let Some(event::Kind::Started(sequence)) = event.kind {
+            while let Some(event) = events.next().await? {
+                if let event::Kind::Started(sequence) = event {
                     return Ok(started(sequence));
                 }
             }
@@ -139,24 +147,46 @@ impl Engine {
         sequence: u64,
         observer: &Observer,
         output: &mut Output<'_>,
-    ) -> Result<Option<JournalEntry>, Error> {
-        loop {
+    ) -> Result<Option<Ended>, Error> {
+        let mut looks = 0;
+        while looks < LOOKS {
             let Some(entry) = self.entry(task_id, sequence).await? else { return Ok(None) };
             if entry.status != EntryStatus::Running {
                 self.replay(task_id, &entry, output).await?;
-                return Ok(Some(entry));
+                return Ok(Some(Ended { entry, is_recorded: true }));
             }
-            // Without a supervisor the journal is in order now, and the next round finds the command ended.
-            if let Found::Supervised(mut client) = self.find_task(task_id).await? {
-                if let Some(mut events) = follow(&mut client, sequence, output.totals()).await?
-                    && let Some(entry) = take(&mut events, observer, output).await?
-                {
-                    return Ok(Some(entry));
-                }
-                // Its end could not be written down yet: there is no event for a disk that has room again.
-                tokio::time::sleep(UNWRITTEN).await;
+            let before = output.totals();
+            if let Some(ended) = self.follow(task_id, sequence, observer, output).await? {
+                return Ok(Some(ended));
             }
+            // Where its supervisor is gone, the next look finds the command ended. An old supervisor may know of an end that
+            // it cannot write: there is no event for a disk that has room again.
+            tokio::time::sleep(UNWRITTEN).await;
+            looks = if output.totals() == before { looks + 1 } else { 0 };
         }
+        let text = format!("the end of command {sequence} of task '{task_id}' is not on record");
+        Err(Error::new(ErrorKind::HostResources, text)
+            .hint("free some space in the state directory, then look again: pyro task logs"))
+    }
+
+    /// Passes on what comes of a command, from what was passed on so far; none where its supervisor is gone or has no more to
+    /// tell.
+    async fn follow(
+        &self,
+        task_id: &str,
+        sequence: u64,
+        observer: &Observer,
+        output: &mut Output<'_>,
+    ) -> Result<Option<Ended>, Error> {
+        let Found::Supervised(client) = self.find_task(task_id).await? else { return Ok(None) };
+        let [stdout_offset, stderr_offset] = output.totals();
+        let request = FollowRequest { sequence, stdout_offset, stderr_offset };
+        let followed = match client.follow(request).await {
+            Ok(Some(mut events)) => take(&mut events, observer, output).await,
+            Ok(None) => Ok(None),
+            Err(error) => Err(error),
+        };
+        self.unless_expired(task_id, followed).await
     }
 
     /// Waits for the command with this number, which may not have begun, and passes its output on from the
@@ -168,13 +198,11 @@ impl Engine {
         observer: &Observer,
     ) -> Result<Option<JournalEntry>, Error> {
         let mut output = Output::new(observer);
-        if let Found::Supervised(mut client) = self.find_task(task_id).await?
-            && let Some(mut events) = follow(&mut client, sequence, output.totals()).await?
-            && let Some(entry) = take(&mut events, observer, &mut output).await?
-        {
-            return Ok(Some(entry));
-        }
-        self.see_through(task_id, sequence, observer, &mut output).await
+        let ended = match self.follow(task_id, sequence, observer, &mut output).await? {
+            Some(ended) => Some(ended),
+            None => self.see_through(task_id, sequence, observer, &mut output).await?,
+        };
+        Ok(ended.map(|ended| ended.entry))
     }
 
     /// Sends a command to the supervisor, once; no events where the connection broke over it.
@@ -183,9 +211,9 @@ impl Engine {
         task_id: &str,
         exec: ExecSpec,
         attached: bool,
-    ) -> Result<(Option<Streaming<Event>>, String), Error> {
+    ) -> Result<(Option<Events>, String), Error> {
         exec.check()?;
-        let mut client = match self.find_task(task_id).await? {
+        let client = match self.find_task(task_id).await? {
             Found::Supervised(client) => client,
             Found::Alone(..) => return Err(not_started(task_id)),
         };
@@ -206,12 +234,9 @@ impl Engine {
         let (inputs, receiver) = mpsc::channel(QUEUE);
         drop(inputs.send(ExecInput { kind: Some(exec_input::Kind::Start(start)) }).await);
         drop(tokio::spawn(feed(exec.stdin, inputs)));
-        match client.exec(ReceiverStream::new(receiver)).await {
-            Ok(events) => Ok((Some(events), request_id)),
-            Err(status) if is_answer(&status) => Err(from_status(&status)),
-            // It was sent, perhaps; the journal knows.
-            Err(_broken) => Ok((None, request_id)),
-        }
+        // Without events it was sent, perhaps; the journal knows.
+        let events = client.exec(ReceiverStream::new(receiver)).await;
+        Ok((self.unless_expired(task_id, events).await?, request_id))
     }
 
     /// Looks a request up in the journal, after that was put in order where the supervisor is gone.
@@ -305,12 +330,8 @@ impl Engine {
 }
 
 /// The result of a command that has ended.
-async fn result(
-    task_id: &str,
-    file: Option<TaskFile>,
-    entry: JournalEntry,
-    output: Output<'_>,
-) -> ExecResult {
+async fn result(task_id: &str, file: Option<TaskFile>, ended: Ended, output: Output<'_>) -> ExecResult {
+    let Ended { entry, is_recorded } = ended;
     let of =
         |field: fn(&TaskFile) -> &String| file.as_ref().map_or_else(String::new, |file| field(file).clone());
     // The entry tells where the command ran; the task may have started anew since. Only an older pyro left it empty.
@@ -325,8 +346,12 @@ async fn result(
         start_mode: ran(entry.start_mode, |file| &file.start_mode),
     };
     let exit_code = entry.exit_code.unwrap_or(137);
-    // Whatever there is to say is at the end of stderr already.
-    let outcome = Outcome { exit_code, fault: entry.fault, words: None };
+    // What is on record has its words at the end of stderr already.
+    let words = (!is_recorded).then(|| {
+        let reason = entry.reason.as_deref().unwrap_or("the command has ended");
+        format!("{reason}; its end is not on record yet\n")
+    });
+    let outcome = Outcome { exit_code, fault: entry.fault, words };
     let mut result =
         output.result(subject, entry.command, outcome, entry.duration_ms.unwrap_or_default()).await;
     result.stdout_truncated |= result.stdout_bytes < entry.stdout_bytes;
@@ -340,18 +365,18 @@ async fn result(
 
 /// Takes events until the command's end; none when the connection broke first.
 async fn take(
-    events: &mut Streaming<Event>,
+    events: &mut Events,
     observer: &Observer,
     output: &mut Output<'_>,
-) -> Result<Option<JournalEntry>, Error> {
+) -> Result<Option<Ended>, Error> {
+    let end = |entry: &[u8], is_recorded| {
+        let entry = serde_json::from_slice(entry);
+        let entry = entry.map_err(|error| Error::host("the supervisor's answer", &error))?;
+        Ok(Some(Ended { entry, is_recorded }))
+    };
     loop {
-        let kind = match events.message().await {
-            Ok(Some(event)) => event.kind,
-            Ok(None) => return Ok(None),
-            Err(status) if is_answer(&status) => return Err(from_status(&status)),
-            Err(_broken) => return Ok(None),
-        };
-        match kind {
+        match events.next().await? {
+            None => return Ok(None),
             Some(event::Kind::Started(sequence)) => observer.tell(Phase::Sequence(sequence)),
             Some(event::Kind::Stdout(bytes)) => {
                 output.take(Chunk { stream: Stream::Stdout, bytes: bytes.into() }).await?;
@@ -359,27 +384,9 @@ async fn take(
             Some(event::Kind::Stderr(bytes)) => {
                 output.take(Chunk { stream: Stream::Stderr, bytes: bytes.into() }).await?;
             }
-            Some(event::Kind::Ended(entry)) => {
-                let entry = serde_json::from_slice(&entry);
-                return entry.map(Some).map_err(|error| Error::host("the supervisor's answer", &error));
-            }
-            None => {}
+            Some(event::Kind::Ended(entry)) => return end(&entry, true),
+            Some(event::Kind::EndedUnrecorded(entry)) => return end(&entry, false),
         }
-    }
-}
-
-/// Follows a command from these offsets on; none when the supervisor has gone away meanwhile.
-async fn follow(
-    client: &mut Client,
-    sequence: u64,
-    offsets: [u64; 2],
-) -> Result<Option<Streaming<Event>>, Error> {
-    let [stdout_offset, stderr_offset] = offsets;
-    let request = FollowRequest { sequence, stdout_offset, stderr_offset };
-    match client.follow(request).await {
-        Ok(events) => Ok(Some(events)),
-        Err(status) if is_answer(&status) => Err(from_status(&status)),
-        Err(_broken) => Ok(None),
     }
 }
 
@@ -413,7 +420,7 @@ fn unknown(task_id: &str) -> Error {
         .hint(format!("see what became of it: pyro task logs {task_id}"))
 }
 
-fn no_command(task_id: &str, sequence: u64) -> Error {
+pub(super) fn no_command(task_id: &str, sequence: u64) -> Error {
     let text = format!("task '{task_id}' has no command {sequence}");
     Error::new(ErrorKind::NotFound, text).hint(format!("list its commands: pyro task logs {task_id}"))
 }

@@ -117,11 +117,19 @@ impl TaskFile {
         if has_guest { Promise::of(self.mem_mib, self.disk_mib) } else { Promise::default() }
     }
 
-    /// What is left of its life: by the clock of this boot, else by the wall's.
+    /// What is left of its life.
     pub(crate) fn life_left(&self) -> Duration {
-        let left =
-            if self.has_rebooted() { self.expires_at - now() } else { self.expires_at_boottime - boottime() };
-        Duration::try_from_secs_f64(left).unwrap_or(Duration::ZERO)
+        Duration::try_from_secs_f64(self.seconds_left()).unwrap_or(Duration::ZERO)
+    }
+
+    /// How long ago its life was over.
+    pub(crate) fn overdue(&self) -> Duration {
+        Duration::try_from_secs_f64(-self.seconds_left()).unwrap_or(Duration::ZERO)
+    }
+
+    /// By the clock of this boot, else by the wall's.
+    fn seconds_left(&self) -> f64 {
+        if self.has_rebooted() { self.expires_at - now() } else { self.expires_at_boottime - boottime() }
     }
 
     pub(crate) fn has_expired(&self) -> bool {

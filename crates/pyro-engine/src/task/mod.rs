@@ -8,12 +8,13 @@ mod exec;
 mod file;
 pub(crate) mod journal;
 mod logs;
+pub(crate) mod owner;
 mod record;
 mod socket;
 pub(crate) mod starts;
 pub(crate) mod writer;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub(crate) use self::birth::{CONTROL_FD, Kind, LOCK_FD, READY_FD, Report, read_order};
 use self::client::Client;
@@ -21,19 +22,27 @@ pub(crate) use self::client::{supervisor_proto, to_status};
 pub(crate) use self::directory::TaskDirectory;
 #[cfg(test)]
 pub(crate) use self::file::tests::file as test_file;
-pub(crate) use self::file::{TaskFile, TaskFileError, boot_id};
+pub(crate) use self::file::{TaskFile, TaskFileError, boot_id, boottime};
 pub use self::journal::{EntryStatus, JournalEntry};
 pub use self::record::{
-    DeletedTask, Detached, LastCommand, LogEntry, LogQuery, OutputRange, TaskList, TaskLogs, TaskRecord,
+    CancelledCommand, DeletedTask, Detached, LastCommand, LogEntry, LogQuery, OutputRange, TaskList,
+    TaskLogs, TaskRecord,
 };
 use crate::engine::Engine;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, LOCK_HELD};
 use crate::registry::TaskLock;
 
 /// Between two looks at a supervisor that is on its way in or out: for a moment it holds its lock and does not
 /// answer, and that has no event.
 const BEAT: Duration = Duration::from_millis(5);
-const BEATS: u32 = 1000;
+/// How long that is looked for.
+const APPEARS: Duration = Duration::from_secs(8);
+/// How long a task may take to be deleted whose supervisors die or change over it, and the pauses between attempts.
+const DELETED: Duration = Duration::from_secs(60);
+const AGAIN: Duration = Duration::from_millis(20);
+const AGAIN_AT_MOST: Duration = Duration::from_secs(1);
+/// How long a supervisor may take to delete its task before it is killed, where that is asked for.
+const BEFORE_FORCE: Duration = Duration::from_secs(3);
 
 /// A task as it was found.
 enum Found {
@@ -56,7 +65,7 @@ impl Engine {
     /// All tasks, newest activity first.
     ///
     /// # Errors
-    /// When a thread cannot be had; a task that cannot be read is told among the problems.
+    /// When a thread cannot be had, or another process keeps the lock for putting tasks in order; a task that cannot be read is told among the problems.
     pub async fn list_tasks(&self) -> Result<TaskList, Error> {
         let engine = self.clone();
         self.blocking(move || {
@@ -71,6 +80,8 @@ impl Engine {
                     Err(error) if error.kind() == ErrorKind::Expired => {
                         engine.inner.registry.remember_expired(&id)
                     }
+                    // It would be waited for again for each task.
+                    Err(error) if error.code() == LOCK_HELD => return Err(error),
                     Err(error) => problems.push(error.to_string()),
                 }
             }
@@ -88,7 +99,10 @@ impl Engine {
     /// When it runs already, the cap is reached, or it does not boot.
     pub async fn start_task(&self, task_id: &str) -> Result<TaskRecord, Error> {
         match self.find_task(task_id).await? {
-            Found::Supervised(mut client) => client.start(self.inner.config.max_active_vms).await?,
+            Found::Supervised(client) => {
+                let started = client.start(self.inner.config.max_active_vms).await;
+                self.unless_expired(task_id, started).await?;
+            }
             Found::Alone(lock, file) => {
                 if !file.state.can_start() {
                     let text =
@@ -107,8 +121,8 @@ impl Engine {
     /// # Errors
     /// When there is no such task.
     pub async fn stop_task(&self, task_id: &str) -> Result<TaskRecord, Error> {
-        if let Found::Supervised(mut client) = self.find_task(task_id).await? {
-            client.stop().await?;
+        if let Found::Supervised(client) = self.find_task(task_id).await? {
+            self.unless_expired(task_id, client.stop().await).await?;
         }
         self.status_task(task_id).await
     }
@@ -119,21 +133,22 @@ impl Engine {
     /// # Errors
     /// When there is no such task.
     pub async fn delete_task(&self, task_id: &str) -> Result<DeletedTask, Error> {
+        let until = Instant::now() + DELETED;
+        let mut pause = AGAIN;
         let mut asked = false;
         loop {
-            match self.find_task(task_id).await {
-                Ok(Found::Supervised(mut client)) => {
+            let error = match self.find_task(task_id).await {
+                Ok(Found::Supervised(client)) => {
                     asked = true;
                     match client.delete().await {
                         Ok(()) => break,
                         // It died over it: what it has left is put in order in the next round.
-                        Err(error) if error.kind() == ErrorKind::OutcomeUnknown => {}
-                        Err(error) => return Err(error),
+                        Err(error) if error.kind() == ErrorKind::OutcomeUnknown => error,
+                        Err(error) => return self.unless_expired(task_id, Err(error)).await,
                     }
                 }
                 Ok(Found::Alone(lock, _)) => {
-                    let (engine, id) = (self.clone(), task_id.to_owned());
-                    self.blocking(move || engine.inner.registry.remove_task(&id, lock)).await?;
+                    self.remove_alone(task_id, lock).await?;
                     break;
                 }
                 Err(error) if asked && error.kind() == ErrorKind::NotFound => break,
@@ -147,19 +162,92 @@ impl Engine {
                     return Err(error);
                 }
                 Err(error) => return Err(error),
+            };
+            if Instant::now() >= until {
+                return Err(error.hint(format!("end it: pyro task delete {task_id} --force")));
             }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(AGAIN_AT_MOST);
         }
-        Ok(DeletedTask { task_id: task_id.to_owned(), deleted: true, reason: "explicit_delete" })
+        Ok(DeletedTask::explicitly(task_id))
     }
 
-    /// Ends one command of a task; it has ended when this returns. One that has ended already is no error.
+    /// As [`Engine::delete_task`], but a supervisor that does not obey within some seconds is killed, and its VMM with it.
     ///
     /// # Errors
-    /// When there is no such task.
-    pub async fn cancel_task(&self, task_id: &str, sequence: u64) -> Result<(), Error> {
-        match self.find_task(task_id).await? {
-            Found::Supervised(mut client) => client.cancel(sequence).await,
-            Found::Alone(..) => Ok(()),
+    /// When there is no such task, or its supervisor cannot be killed.
+    pub async fn delete_task_by_force(&self, task_id: &str) -> Result<DeletedTask, Error> {
+        // One that answers ends its commands, and tells their callers.
+        match tokio::time::timeout(BEFORE_FORCE, self.delete_task(task_id)).await {
+            Ok(Ok(deleted)) => return Ok(deleted),
+            Ok(Err(error))
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Expired | ErrorKind::Damaged) =>
+            {
+                return Err(error);
+            }
+            Ok(Err(_)) | Err(_) => {}
+        }
+        let until = Instant::now() + APPEARS;
+        loop {
+            let (engine, id) = (self.clone(), task_id.to_owned());
+            let found = self
+                .blocking(move || {
+                    let registry = &engine.inner.registry;
+                    owner::kill(&registry.task_directory(&id)?)?;
+                    registry.lock_task(&id)
+                })
+                .await;
+            match found {
+                Ok(TaskLock::Free(lock, _)) => {
+                    self.remove_alone(task_id, lock).await?;
+                    break;
+                }
+                // It had deleted the task by then, or the task was not made yet.
+                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Expired) => break,
+                Err(error) => return Err(error),
+                Ok(TaskLock::Held) if Instant::now() >= until => {
+                    let directory = self.inner.registry.task_path(task_id);
+                    return Err(client::silent(directory, APPEARS, false).await);
+                }
+                Ok(TaskLock::Held) => tokio::time::sleep(BEAT).await,
+            }
+        }
+        Ok(DeletedTask::explicitly(task_id))
+    }
+
+    async fn remove_alone(&self, task_id: &str, lock: std::fs::File) -> Result<(), Error> {
+        let (engine, id) = (self.clone(), task_id.to_owned());
+        self.blocking(move || engine.inner.registry.remove_task(&id, lock)).await
+    }
+
+    /// Ends one command of a task; it has ended when this returns. The result says whether it was running.
+    ///
+    /// # Errors
+    /// When there is no such task, or it has run no such command.
+    pub async fn cancel_task(&self, task_id: &str, sequence: u64) -> Result<CancelledCommand, Error> {
+        let entry = self.entry(task_id, sequence).await?;
+        let entry = entry.ok_or_else(|| exec::no_command(task_id, sequence))?;
+        let mut ended = false;
+        if entry.status == EntryStatus::Running
+            && let Found::Supervised(client) = self.find_task(task_id).await?
+        {
+            self.unless_expired(task_id, client.cancel(sequence).await).await?;
+            ended = true;
+        }
+        Ok(CancelledCommand { task_id: task_id.to_owned(), sequence, ended })
+    }
+
+    /// What a supervisor has answered; or, where it does not answer and its task's time is up, that error: the task is
+    /// ended then.
+    async fn unless_expired<T>(&self, task_id: &str, answer: Result<T, Error>) -> Result<T, Error> {
+        let Err(error) = answer else { return answer };
+        if !matches!(error.kind(), ErrorKind::Host | ErrorKind::OutcomeUnknown) {
+            return Err(error);
+        }
+        let (engine, id) = (self.clone(), task_id.to_owned());
+        match self.blocking(move || engine.inner.registry.lock_task(&id)).await {
+            Err(expired) if expired.kind() == ErrorKind::Expired => Err(expired),
+            _ => Err(error),
         }
     }
 
@@ -172,7 +260,8 @@ impl Engine {
 
     /// A connection to a task's supervisor, or its lock where it has none.
     async fn find_task(&self, task_id: &str) -> Result<Found, Error> {
-        for _ in 0..BEATS {
+        let until = Instant::now() + APPEARS;
+        while Instant::now() < until {
             let (engine, id) = (self.clone(), task_id.to_owned());
             let directory = self.blocking(move || engine.inner.registry.task_directory(&id)).await?;
             if let Some(client) = Client::connect(&directory).await? {
@@ -184,9 +273,8 @@ impl Engine {
                 TaskLock::Held => tokio::time::sleep(BEAT).await,
             }
         }
-        let text = format!("the supervisor of task '{task_id}' lives and does not answer");
-        Err(Error::new(ErrorKind::Host, text)
-            .hint("kill it (its command line names the task), then try again"))
+        let directory = self.inner.registry.task_path(task_id);
+        Err(client::silent(directory, APPEARS, false).await)
     }
 
     /// Reads a task's record from disk, after putting it in order where its supervisor is gone.

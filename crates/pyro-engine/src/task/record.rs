@@ -127,6 +127,23 @@ pub struct DeletedTask {
     pub reason: &'static str,
 }
 
+impl DeletedTask {
+    pub(super) fn explicitly(task_id: &str) -> Self {
+        Self { task_id: task_id.to_owned(), deleted: true, reason: "explicit_delete" }
+    }
+}
+
+/// A command of a task that was to be ended.
+#[derive(Clone, Debug, Serialize)]
+pub struct CancelledCommand {
+    /// The task.
+    pub task_id: String,
+    /// The command's number.
+    pub sequence: u64,
+    /// Whether it was running; false when it had ended before.
+    pub ended: bool,
+}
+
 /// A command of a task that nobody waits for.
 #[derive(Clone, Debug, Serialize)]
 pub struct Detached {

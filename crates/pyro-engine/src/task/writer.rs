@@ -320,6 +320,12 @@ impl Writer {
         Ok(())
     }
 
+    /// How much of each stream is in its file.
+    pub(crate) fn kept(&self) -> [u64; 2] {
+        let entry = &self.entry;
+        [entry.stdout_bytes - entry.stdout_dropped_bytes, entry.stderr_bytes - entry.stderr_dropped_bytes]
+    }
+
     /// Replaces the entry with its end, which everybody reads from now on, and which must be settled.
     pub(crate) fn finish(&mut self) -> io::Result<()> {
         self.entry.recorded_at = now();

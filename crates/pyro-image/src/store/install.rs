@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use pyro_process::lock_holder;
 
 use super::entry::{Installation, Pulled};
 use super::kernels::StoredKernel;
@@ -21,6 +23,12 @@ use crate::{ImageError, erofs, files};
 const SOURCE: &str = "debian-packages";
 /// How often a lock that somebody else holds is tried.
 const BEAT: Duration = Duration::from_millis(100);
+/// How often its holder is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long it is waited for: longer than a build takes.
+const LONGEST_BUILD: Duration = Duration::from_secs(3600);
+/// How long it is waited for while its holder is stopped, and so does not build.
+const STOPPED: Duration = Duration::from_secs(7);
 
 /// How closely an installation is looked at before it is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,18 +93,34 @@ impl Store {
 
     fn lock_environment(&self, definition: &Definition, progress: &dyn Progress) -> Result<Lock, ImageError> {
         let path = self.paths.lock(definition.name);
-        let mut told = false;
+        let began = Instant::now();
+        let mut told = None;
+        let mut looked: Option<Instant> = None;
+        // Since when its holder is stopped, as by Ctrl-Z.
+        let mut stopped: Option<Instant> = None;
         loop {
             match lock::attempt_file(&path).map_err(ImageError::cache(&path))? {
                 Attempt::Locked(file) => return Ok(file),
                 Attempt::Held | Attempt::Gone => {}
             }
-            if !told {
-                told = true;
-                progress.phase("waiting", "another process is pulling the same environment");
-            }
             if progress.cancelled() {
                 return Err(ImageError::Cancelled);
+            }
+            if looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
+                looked = Some(Instant::now());
+                let holder = lock_holder(&path);
+                let words = holder.as_ref().map_or_else(|| "another process".to_owned(), ToString::to_string);
+                if told.as_ref() != Some(&words) {
+                    let detail = format!("for {words}, to pull the same environment");
+                    progress.phase("waiting", &detail);
+                    told = Some(words);
+                }
+                let is_stopped = holder.as_ref().is_some_and(|holder| holder.is_stopped);
+                stopped = is_stopped.then(|| stopped.unwrap_or_else(Instant::now));
+                let waited = began.elapsed();
+                if waited >= LONGEST_BUILD || stopped.is_some_and(|since| since.elapsed() >= STOPPED) {
+                    return Err(ImageError::LockHeld { name: definition.name.to_owned(), holder, waited });
+                }
             }
             std::thread::sleep(BEAT);
         }

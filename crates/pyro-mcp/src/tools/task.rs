@@ -52,6 +52,16 @@ fn limit() -> i64 {
     20
 }
 
+/// How a task is deleted.
+#[derive(Debug, Deserialize, JsonSchema)]
+struct Delete {
+    /// Kill the task's supervisor if it does not obey within 3 seconds: only for a task that an error says does not answer
+    #[serde(default)]
+    force: bool,
+}
+
+impl Part for Delete {}
+
 /// Commands of a task with their output.
 #[derive(Debug, Serialize, JsonSchema)]
 struct Logs {
@@ -201,8 +211,16 @@ async fn task_start(server: Server, (task,): (TaskId,), call: Call) -> Result<Ta
     call.unless_given_up(engine.start_task(&task.task_id)).await.map(brief)
 }
 
-async fn task_delete(server: Server, (task,): (TaskId,), _call: Call) -> Result<DeletedTask, Failure> {
-    Ok(server.engine().await?.delete_task(&task.task_id).await?)
+async fn task_delete(
+    server: Server,
+    (task, delete): (TaskId, Delete),
+    _call: Call,
+) -> Result<DeletedTask, Failure> {
+    let engine = server.engine().await?;
+    if delete.force {
+        return Ok(engine.delete_task_by_force(&task.task_id).await?);
+    }
+    Ok(engine.delete_task(&task.task_id).await?)
 }
 
 async fn task_logs(server: Server, (task, query): (TaskId, Query), _call: Call) -> Result<Logs, Failure> {

@@ -149,8 +149,7 @@ pub fn install(from: &Path, store: &Path) -> Result<Found, SourceError> {
         move |source| SourceError::Store { path, source }
     };
     fs_err::create_dir_all(store).map_err(failed(store))?;
-    let lock = File::open(store).and_then(|directory| directory.lock().map(|()| directory));
-    let _lock = lock.map_err(failed(store))?;
+    let _lock = lock(store).map_err(failed(store))?;
     let place = store.join(VERSION);
     if let Some(found) = found(&place.join(FIRECRACKER), "store") {
         return Ok(found);
@@ -170,6 +169,19 @@ pub fn install(from: &Path, store: &Path) -> Result<Found, SourceError> {
     fs_err::rename(&staging, &place).map_err(failed(&place))?;
     File::open(store).and_then(|directory| directory.sync_all()).map_err(failed(store))?;
     found(&place.join(FIRECRACKER), "store").ok_or(SourceError::NotThere { path: place })
+}
+
+/// Takes the lock of the store, which another installation may hold while it downloads.
+fn lock(store: &Path) -> io::Result<File> {
+    const LONGEST_INSTALLATION: Duration = Duration::from_secs(600);
+    let directory = File::open(store)?;
+    if pyro_process::lock_within(&directory, LONGEST_INSTALLATION)? {
+        return Ok(directory);
+    }
+    let holder = pyro_process::lock_holder(store);
+    let holder = holder.map_or_else(|| "another process".to_owned(), |holder| holder.to_string());
+    let text = format!("waited {} s for {holder}", LONGEST_INSTALLATION.as_secs());
+    Err(io::Error::new(io::ErrorKind::TimedOut, text))
 }
 
 /// Where an archive is downloaded to.
