@@ -54,13 +54,13 @@ class Pyro:
         return json.loads(done.stdout)
 
     def vmms(self):
-        """Process ids of the VMMs of this state directory: what they hold open lies in it."""
+        """Process ids of the VMMs of this state directory: their jails show a disk of a machine in it."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
                 if entry.name.isdigit() and b"qemu-system" in (entry / "cmdline").read_bytes():
-                    held = [os.readlink(entry / "cwd"), *map(os.readlink, (entry / "fd").iterdir())]
-                    if any(path.startswith(str(self.state)) for path in held):
+                    shown = (line.split()[3] for line in (entry / "mountinfo").read_text().splitlines())
+                    if any(path.startswith(str(self.state)) for path in shown):
                         found.append(int(entry.name))
         return found
 

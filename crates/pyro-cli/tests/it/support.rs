@@ -1,6 +1,7 @@
 //! A pyro of a test's own, and ways to look for what it leaves behind.
 
 use fs_err as fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -132,7 +133,10 @@ impl Pyro {
 
     /// The processes that belong to a task: its supervisor, and its VMM.
     pub(crate) fn supervisor(&self, id: &str) -> Option<i32> {
-        processes(|_, words| matches!(words, [_, verb, task, ..] if verb == "supervise" && task == id)).pop()
+        let copies =
+            processes(|_, words| matches!(words, [_, verb, task, ..] if verb == "supervise" && task == id));
+        // What guards its VMM are copies of it, with the same command line.
+        copies.iter().find(|pid| parent(**pid).is_some_and(|parent| !copies.contains(&parent))).copied()
     }
 
     pub(crate) fn vmm(&self, id: &str) -> Option<i32> {
@@ -166,7 +170,9 @@ impl Pyro {
             let link = |name: &str| fs::read_link(format!("/proc/{pid}/{name}")).unwrap_or_default();
             let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
             let mut held = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
-            link("cwd").starts_with(&directory) || held.any(|path| path.starts_with(&directory))
+            link("cwd").starts_with(&directory)
+                || held.any(|path| path.starts_with(&directory))
+                || shows_files_of(*pid, &directory)
         };
         processes(|_, _| true).into_iter().filter(|pid| *pid != own).filter(inside).collect()
     }
@@ -227,6 +233,26 @@ pub(crate) fn kill(pid: i32, signal: &str) {
 }
 
 /// All processes whose name and arguments are of this kind.
+/// Whether a process is in a jail that shows a machine's disk from below this directory: of such a process nothing else names
+/// the directory. The kernel tells each mount's device, and its path on that device.
+fn shows_files_of(pid: i32, directory: &str) -> bool {
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
+    let device = |path: &str| fs::metadata(path).map(|found| found.dev()).ok();
+    let own = device(directory).filter(|own| Some(*own) != device("/"));
+    let own = own.map(|own| format!("{}:{}", rustix::fs::major(own), rustix::fs::minor(own)));
+    mounts.lines().any(|line| {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let [_, _, device, root, ..] = fields[..] else { return false };
+        // On a file system of its own the path begins there.
+        root.ends_with("/overlay.ext4") && (root.contains(directory) || Some(device) == own.as_deref())
+    })
+}
+
+fn parent(pid: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+}
+
 pub(crate) fn processes(kind: impl Fn(&str, &[String]) -> bool) -> Vec<i32> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").expect("proc").flatten() {

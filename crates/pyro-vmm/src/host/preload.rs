@@ -1,9 +1,11 @@
 //! The library that is loaded into older QEMUs, as a file.
 
-use std::io::{self, Write};
+use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use fs_err::os::unix::fs::OpenOptionsExt;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
 /// `preload/open.rs`, built.
@@ -24,18 +26,34 @@ pub fn preload_library(dir: &Path) -> io::Result<PathBuf> {
     let path = dir.join(format!("qemu-open-{digest}.so"));
     let is_whole = |path: &Path| fs_err::metadata(path).is_ok_and(|file| file.len() == LIBRARY.len() as u64);
     if !is_whole(&path) {
-        let beside = dir.join(format!(".qemu-open-{digest}.{}", std::process::id()));
-        let mut file = fs_err::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            // Every machine's user reads it; the directory hides it from others.
-            .mode(0o444)
-            .open(&beside)?;
-        file.write_all(LIBRARY)?;
-        fs_err::rename(&beside, &path)?;
+        match make_whole(dir, &path) {
+            // Not every file system has files without a name.
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOSYS) => {
+                let beside = dir.join(format!(".qemu-open.{}", std::process::id()));
+                fs_err::write(&beside, LIBRARY)?;
+                fs_err::rename(&beside, &path)?;
+            }
+            made => made?,
+        }
     }
     Ok(path)
+}
+
+/// Makes the file at once whole: it has no name before, so nothing is left of a process that is killed here.
+fn make_whole(dir: &Path, path: &Path) -> rustix::io::Result<()> {
+    let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+    // Every machine's user reads it; the directory hides it from others.
+    let file = rustix::fs::open(dir, flags, Mode::from_raw_mode(0o444))?;
+    let mut rest = LIBRARY;
+    while !rest.is_empty() {
+        rest = &rest[rustix::io::write(&file, rest)?..];
+    }
+    let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+    match rustix::fs::linkat(CWD, open.as_str(), CWD, path, AtFlags::SYMLINK_FOLLOW) {
+        // Another process was faster.
+        Err(Errno::EXIST) => Ok(()),
+        linked => linked,
+    }
 }
 
 #[cfg(test)]
