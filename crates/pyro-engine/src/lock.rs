@@ -6,7 +6,7 @@
 use std::fs::{File, TryLockError};
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pyro_process::{Holder, lock_holder, lock_within};
@@ -80,6 +80,12 @@ pub(crate) enum Attempt {
 
 /// The file that is locked instead of a directory whose own lock is stuck.
 const RENEWED: &str = ".lock";
+
+/// What is locked for the directory at `path`: the directory, or the file that has taken its place.
+pub(crate) fn locked(path: &Path) -> PathBuf {
+    let renewed = path.join(RENEWED);
+    if renewed.exists() { renewed } else { path.to_owned() }
+}
 
 /// Tries to lock the directory at `path`; it is not waited for.
 pub(crate) fn attempt(path: &Path) -> io::Result<Attempt> {

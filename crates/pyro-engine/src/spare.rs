@@ -148,7 +148,9 @@ impl Machines {
 impl Spare {
     /// Whether it serves a caller who asks for this.
     fn serves(&self, spec: &VmSpec) -> bool {
-        like(&self.spec, spec) && Terms::of(spec).check(&self.admitted.live.place).is_ok()
+        self.admitted.live.lives()
+            && like(&self.spec, spec)
+            && Terms::of(spec).check(&self.admitted.live.place).is_ok()
     }
 }
 

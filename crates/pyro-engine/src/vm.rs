@@ -270,7 +270,12 @@ impl Engine {
             };
             let (lease, record) = match admit() {
                 // A machine that is asked for comes before one that waits for somebody to ask.
-                Err(error) if error.kind() == ErrorKind::CapReached && engine.end_spare() => admit()?,
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::CapReached | ErrorKind::HostResources)
+                        && engine.end_spare() =>
+                {
+                    admit()?
+                }
                 admitted => admitted?,
             };
             let live = Live::new(Arc::clone(&inner.registry), lease);

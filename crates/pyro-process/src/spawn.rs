@@ -181,7 +181,17 @@ impl Spawn {
 /// The child as its own report describes it.
 fn started(mut std_child: std::process::Child, report: Report, jailed: bool) -> io::Result<Child> {
     let (mut named, mut keeper, mut failed, mut ended) = (None, None, None, None);
-    while let Some(message) = report.next()? {
+    loop {
+        let message = match report.next() {
+            Ok(Some(message)) => message,
+            Ok(None) => break,
+            Err(error) => {
+                // A child that cannot be named is nobody's: it goes, and whatever it stands before with it.
+                drop(std_child.kill());
+                drop(std_child.wait());
+                return Err(error);
+            }
+        };
         match message {
             Message::Child(pid, pidfd) => named = Some((pid.unsigned_abs(), pidfd)),
             Message::Keeper(pidfd) => keeper = Some(pidfd),

@@ -37,6 +37,9 @@ const CODES: &[&str] = &[
     "environment_cache",
     "disk_full",
     "command_refused",
+    "cancelled",
+    "lock_held",
+    "supervisor_unresponsive",
 ];
 
 struct Chaos {
@@ -348,7 +351,8 @@ impl Chaos {
             let name = entry.file_name().to_string_lossy().into_owned();
             // The library for older QEMUs is made once, as the file of what is known of the host is.
             let starts = ["registry.db", "qemu-open-"];
-            let is_known = known.contains(&name.as_str()) || starts.iter().any(|start| name.starts_with(start));
+            let is_known =
+                known.contains(&name.as_str()) || starts.iter().any(|start| name.starts_with(start));
             assert!(is_known, "{name} has no owner");
         }
     }

@@ -319,7 +319,7 @@ struct SmallDisk(Option<Pyro>);
 impl SmallDisk {
     fn new() -> Self {
         let state = tempfile::tempdir().expect("a state directory");
-        let line = ["-t", "tmpfs", "-o", "size=400m", "tmpfs"];
+        let line = ["-t", "tmpfs", "-o", "size=400m,mode=700", "tmpfs"];
         assert!(run(Command::new("mount").args(line).arg(state.path())), "mounted");
         Self(Some(Pyro::at(state)))
     }

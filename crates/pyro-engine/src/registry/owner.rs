@@ -36,6 +36,12 @@ impl Owner {
         Some(Self { pid, start_time: start_time(pid)?, pid_namespace, boot_id })
     }
 
+    /// As [`Owner::is_dead`], for a process of which somebody may hold a lock still. A lock that is held is no forked copy's
+    /// of another boot: there, its owner lives on another host, or in another container that has this directory too.
+    pub(super) fn is_dead_in_this_boot(&self) -> bool {
+        self.boot_id == boot_id() && self.is_dead()
+    }
+
     /// Whether the process has ended for certain. False where this process cannot tell, as for one of another process
     /// namespace: what cannot be known takes nothing from anybody.
     pub(crate) fn is_dead(&self) -> bool {

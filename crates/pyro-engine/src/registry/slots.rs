@@ -88,7 +88,9 @@ impl Registry {
         insert(&transaction)?;
         let rows = self.rows(&transaction)?;
         transaction.commit()?;
-        shared.map_or(Ok(()), |shared| shared.finish(&self.key, &rows))
+        // The machine is admitted. Where the others cannot be told, they only count it too late.
+        drop(shared.map(|shared| shared.finish(&self.key, &rows)));
+        Ok(())
     }
 
     /// Makes this process the owner of a machine, in place of the one that began it. Its own lock says nothing about that:
@@ -105,14 +107,19 @@ impl Registry {
             let text = format!("'{id}' was taken from its owner, which has died");
             return Err(Error::new(ErrorKind::NotFound, text));
         }
-        self.share()
+        drop(self.share());
+        Ok(())
     }
 
     /// Has a machine count, or not any more.
     pub(super) fn set_counts(&self, id: &str, counts: bool) -> Result<(), Error> {
         let sql = "UPDATE machines SET counts = ?2 WHERE id = ?1 AND counts <> ?2";
         let changed = self.connection().execute(sql, params![id, counts])?;
-        if changed > 0 { self.share() } else { Ok(()) }
+        if changed > 0 {
+            // What was written here stands, whether or not the others can be told.
+            drop(self.share());
+        }
+        Ok(())
     }
 
     /// Tells other state directories what this one's machines were promised.

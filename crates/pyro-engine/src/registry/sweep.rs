@@ -118,7 +118,8 @@ impl Registry {
             Attempt::Gone => return Ok(Attempt::Gone),
         };
         let written = self.owner_of(id).map_err(io::Error::other)?;
-        let is_dead = || written.as_deref().and_then(Owner::parse).is_some_and(|owner| owner.is_dead());
+        let owner = || written.as_deref().and_then(Owner::parse);
+        let is_dead = || owner().is_some_and(|owner| owner.is_dead_in_this_boot());
         if lock.is_none() && !is_dead() {
             return Ok(Attempt::Held);
         }
@@ -160,11 +161,13 @@ impl Registry {
     /// Removes a machine's directory, in the trash by now, and what was made for it elsewhere. A VMM whose owner has just
     /// been killed may still be dying: then it stays for the next sweep.
     pub(super) fn remove_tree(&self, id: &str, path: &Path) -> io::Result<()> {
-        self.remove_resources(id, path)?;
+        let resources = self.remove_resources(id, path);
         match fs_err::remove_dir_all(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
+        // The rows stay until what stands outside of the directory is gone too, and the next sweep finds them.
+        resources?;
         // Where the disk is too full for this, the next sweep finds a row without a directory.
         drop(self.connection().execute("DELETE FROM machines WHERE id = ?1", [id]));
         Ok(())

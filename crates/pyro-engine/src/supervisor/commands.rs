@@ -77,8 +77,9 @@ impl Commands {
                 handle.cancel.send_replace(running.ending);
             }
             running.handles.insert(*last, handle);
+            // Under the lock: whoever ends all commands counts this one, or ends it here.
+            self.count.send_modify(|count| *count += 1);
         }
-        self.count.send_modify(|count| *count += 1);
         self.begun.send_replace(*last);
         Ok(begun)
     }

@@ -84,7 +84,14 @@ pub async fn supervise() -> io::Result<()> {
             return report(ready, &failed(&error));
         }
     };
-    let up = supervisor.start(None).await;
+    // Callers are answered while the guest comes up: a stop or a removal cuts that short.
+    let mut serving = std::pin::pin!(serve::until_gone(Arc::clone(&supervisor), listener));
+    let up = tokio::select! {
+        biased;
+        up = supervisor.start(None) => up,
+        // It was told to end by a signal.
+        served = &mut serving => return served,
+    };
     let told = match &up {
         Ok(()) => report(ready, &Report::Ready),
         Err(error) => report(ready, &failed(error)),
@@ -96,7 +103,7 @@ pub async fn supervise() -> io::Result<()> {
         }
         return Ok(());
     }
-    serve::until_gone(supervisor, listener).await
+    serving.await
 }
 
 fn failed(error: &Error) -> Report {

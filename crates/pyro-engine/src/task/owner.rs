@@ -9,13 +9,15 @@ use pyro_process::{Holder, Other, lock_holder};
 
 use super::{LOCK_FD, TaskDirectory};
 use crate::error::{Error, ErrorKind};
+use crate::lock;
 
 /// How long the end of a killed supervisor is waited for.
 const KILLED: Duration = Duration::from_secs(3);
 
 fn find(directory: &TaskDirectory) -> Result<Option<Other>, Error> {
     let arguments = ["supervise", id(directory)];
-    Other::find(directory.path(), LOCK_FD, &arguments).map_err(|error| Error::host("/proc", &error))
+    Other::find(&lock::locked(directory.path()), LOCK_FD, &arguments)
+        .map_err(|error| Error::host("/proc", &error))
 }
 
 fn id(directory: &TaskDirectory) -> &str {
@@ -47,7 +49,7 @@ pub(crate) fn silent(directory: &TaskDirectory, waited: Duration, sent: bool) ->
     let id = id(directory);
     let supervisor = find(directory).ok().flatten().and_then(|supervisor| Holder::of(supervisor.pid()));
     // Without one, the task is being made by another process, or lies in another container's processes.
-    let holder = supervisor.or_else(|| lock_holder(directory.path()));
+    let holder = supervisor.or_else(|| lock_holder(&lock::locked(directory.path())));
     let named = holder.as_ref().map_or_else(String::new, |holder| format!(", {holder},"));
     let after = if sent { "; the command that was sent to it may run when it goes on" } else { "" };
     let text =

@@ -123,6 +123,14 @@ impl Prepared {
     }
 
     fn show_files(&self) -> io::Result<()> {
+        // The program may be another user, who must be able to pass through the directories.
+        let umask = rustix::process::umask(Mode::from_raw_mode(0o022));
+        let shown = self.mount_files();
+        rustix::process::umask(umask);
+        shown
+    }
+
+    fn mount_files(&self) -> io::Result<()> {
         if let PreparedRoot::Empty { at, dirs } = &self.root {
             let flags = MountFlags::NOSUID | MountFlags::NODEV;
             rustix::mount::mount(c"tmpfs", at, c"tmpfs", flags, c"size=64k,nr_inodes=4096,mode=755")?;

@@ -114,7 +114,10 @@ pub(super) fn home() -> Option<&'static Path> {
     HOME.get_or_init(|| {
         let root = Path::new(GROUPS);
         if rustix::process::geteuid().is_root() {
-            return has_controllers(&root.join("cgroup.controllers")).then(|| root.join(PARENT));
+            let home = root.join(PARENT);
+            // In a container the processes may be in the root group, which then can give no controllers to others.
+            let can = has_controllers(&root.join("cgroup.controllers")) && enable(&home).is_ok();
+            return can.then_some(home);
         }
         let own = fs_err::read_to_string("/proc/self/cgroup").ok()?;
         let own = own.lines().find_map(|line| line.strip_prefix("0::/"))?;

@@ -7,6 +7,7 @@ mod observed;
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use pyro_process::{Bind, Jail, Namespaces, Resource};
 
@@ -68,7 +69,9 @@ impl Confine {
 pub(crate) struct Needs<'a> {
     /// The machine's own directory, whose name is that of the machine.
     pub(crate) dir: &'a Path,
-    /// Files that are shown, each at a path of its own below the root.
+    /// Programs and what they are run with, which may be anybody's: only read, each at a path of its own below the root.
+    pub(crate) programs: Vec<(PathBuf, PathBuf)>,
+    /// Files of pyro's own that are shown in the same way.
     pub(crate) files: Vec<(PathBuf, PathBuf, Bind)>,
     /// Devices, under their own paths.
     pub(crate) devices: Vec<&'static str>,
@@ -164,6 +167,12 @@ pub(crate) fn jail(confine: &Confine, needs: &Needs<'_>) -> io::Result<(Jail, Pl
     let mut jail = Jail::new(&root);
     jail.empty_root();
     let user = as_root().then(|| if confine.gives(Element::OwnUser) { user(needs.dir) } else { 0 });
+    for (source, target) in &needs.programs {
+        if user.is_some() {
+            check_readable(source)?;
+        }
+        jail.bind(source, target, Bind::Read);
+    }
     for (source, target, bind) in &needs.files {
         if let Some(user) = user {
             let source = needs.dir.join(source);
@@ -218,13 +227,14 @@ pub(crate) fn probe(confine: &Confine, dir: &Path) -> Result<(), LaunchError> {
         return Ok(());
     }
     let refused = |source| LaunchError::of_spawn(confine, PROGRAM.into(), source);
-    let (files, devices) = (Vec::new(), Vec::new());
-    let needs = Needs { dir, files, devices, makes_files: false, memory_mib: 0, vcpus: 1 };
+    let (programs, files, devices) = (Vec::new(), Vec::new(), Vec::new());
+    let needs = Needs { dir, programs, files, devices, makes_files: false, memory_mib: 0, vcpus: 1 };
     let (jail, _place) = jail(confine, &needs).map_err(refused)?;
     let mut spawn = pyro_process::Spawn::new(PROGRAM, dir);
     spawn.jail(jail);
     match spawn.spawn() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // Where the directory is gone, it was that which was not found.
+        Err(error) if error.kind() == io::ErrorKind::NotFound && dir.is_dir() => Ok(()),
         Err(error) => Err(refused(error)),
         Ok(child) => {
             drop(child.kill());
@@ -240,7 +250,8 @@ pub(crate) fn unconfined(needs: &Needs<'_>) -> io::Result<Place> {
     let base = needs.dir.join(JAIL);
     fs_err::create_dir(&base)?;
     let place = Place { base, group: None };
-    for (source, target, _) in &needs.files {
+    let files = needs.files.iter().map(|(source, target, _)| (source, target));
+    for (source, target) in files {
         let target = target.strip_prefix("/").unwrap_or(target);
         if target.components().count() == 1 {
             fs_err::os::unix::fs::symlink(needs.dir.join(source), place.base.join(target))?;
@@ -270,8 +281,21 @@ fn longest(needs: &Needs<'_>) -> u64 {
     lengths.map(|file| file.len()).max().unwrap_or(0).max(memory) + FILE_SLACK
 }
 
+/// Whether this process is root and may be every user: not where it is root in a user namespace that knows few users.
 fn as_root() -> bool {
-    rustix::process::geteuid().is_root()
+    static AS_ROOT: OnceLock<bool> = OnceLock::new();
+    let covers = |map: &str| {
+        let map = fs_err::read_to_string(map).unwrap_or_default();
+        // Lines of: first number inside, first outside, how many.
+        map.lines().any(|line| {
+            let numbers: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+            let [first, _, count] = numbers[..] else { return false };
+            first <= u64::from(FIRST_USER) && first + count >= u64::from(FIRST_USER + USERS)
+        })
+    };
+    *AS_ROOT.get_or_init(|| {
+        rustix::process::geteuid().is_root() && covers("/proc/self/uid_map") && covers("/proc/self/gid_map")
+    })
 }
 
 /// The group that may use a device, as whoever is neither its owner nor in that group; none where all users may.
@@ -341,6 +365,15 @@ pub(crate) fn take_back(path: &Path) -> io::Result<()> {
         lchown(path, Some(0), Some(0))?;
     }
     fs_err::set_permissions(path, std::fs::Permissions::from_mode(0o444))
+}
+
+/// Refuses a program that only its owner can read: it is not pyro's to change.
+fn check_readable(path: &Path) -> io::Result<()> {
+    if fs_err::metadata(path)?.mode() & 0o004 != 0 {
+        return Ok(());
+    }
+    let text = format!("{} can be read by its owner alone: chmod a+rX {0}", path.display());
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
 }
 
 /// Lets every user read a file of ours, where its directory does not hide it.

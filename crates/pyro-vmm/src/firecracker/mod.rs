@@ -224,10 +224,8 @@ fn start(config: &FirecrackerConfig, spec: &MachineSpec, from: Option<&Snapshot>
 fn needs<'a>(config: &FirecrackerConfig, spec: &'a MachineSpec, from: Option<&Snapshot>) -> Needs<'a> {
     let mut files = Vec::new();
     let mut show = |source: &Path, name: &str, bind| files.push((source.to_owned(), name.into(), bind));
-    show(&config.binary, PROGRAM, Bind::Read);
     show(&spec.rootfs, ROOTFS, Bind::Read);
     show(&spec.overlay, OVERLAY, Bind::Write);
-    show(Path::new(RANDOM), RANDOM, Bind::Read);
     match from {
         Some(snapshot) => {
             show(&snapshot.state, STATE, Bind::Read);
@@ -244,6 +242,7 @@ fn needs<'a>(config: &FirecrackerConfig, spec: &'a MachineSpec, from: Option<&Sn
     }
     Needs {
         dir: &spec.dir,
+        programs: vec![(config.binary.clone(), PROGRAM.into()), (RANDOM.into(), RANDOM.into())],
         files,
         devices: vec!["/dev/kvm"],
         makes_files: true,

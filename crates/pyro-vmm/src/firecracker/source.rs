@@ -317,6 +317,8 @@ fn write_program(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut options = fs_err::OpenOptions::new();
     let mut file = options.write(true).create_new(true).mode(0o755).open(path)?;
     file.write_all(bytes)?;
+    // Whatever the umask says: machines run it as users of their own.
+    fs_err::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     file.sync_all()
 }
 

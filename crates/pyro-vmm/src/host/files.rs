@@ -14,7 +14,7 @@ const FIRMWARE: &str = "qboot.rom";
 /// The module that holds the emulator, where a distribution builds QEMU in modules.
 const MODULE: &str = "accel-tcg-x86_64.so";
 /// Where the loader looks for libraries, beside the usual directories.
-const LOADER_CACHE: &str = "/etc/ld.so.cache";
+pub(super) const LOADER_CACHE: &str = "/etc/ld.so.cache";
 
 /// What a jail must hold for a QEMU to run in it: each file at its own path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -55,6 +55,8 @@ pub(super) struct BinaryKey {
     path: PathBuf,
     modified: (i64, i64),
     size: u64,
+    /// When the loader was last told of new libraries: a program may need others by then.
+    loader: Option<(i64, i64)>,
 }
 
 /// The first QEMU of `search_path`, which has the form of the variable `PATH`. Relative entries are skipped:
@@ -99,6 +101,9 @@ fn remembered<T: Clone>(
         path: binary.to_owned(),
         modified: (metadata.mtime(), metadata.mtime_nsec()),
         size: metadata.size(),
+        loader: fs_err::metadata(super::files::LOADER_CACHE)
+            .ok()
+            .map(|cache| (cache.mtime(), cache.mtime_nsec())),
     };
     let mut cache = Cache::read(cache_file);
     if let Some(found) = known(&cache, &key) {

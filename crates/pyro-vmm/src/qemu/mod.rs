@@ -281,16 +281,16 @@ fn jailed(
     spec: &MachineSpec,
     from: Option<&Snapshot>,
 ) -> io::Result<(Spawn, Option<Place>)> {
-    let mut shown: Vec<_> =
-        files.programs.iter().map(|file| (file.clone(), file.clone(), Bind::Read)).collect();
+    let inside = Paths::of_jail(spec, from);
+    let mut programs: Vec<_> = files.programs.iter().map(|file| (file.clone(), file.clone())).collect();
+    programs.push((files.firmware.clone(), inside.firmware.clone()));
+    programs.push((RANDOM.into(), RANDOM.into()));
+    let mut shown = Vec::new();
     let mut show = |source: &Path, target: &Path, bind| {
         shown.push((source.to_owned(), target.to_owned(), bind));
     };
-    let inside = Paths::of_jail(spec, from);
-    show(&files.firmware, &inside.firmware, Bind::Read);
     show(&spec.rootfs, &inside.rootfs, Bind::Read);
     show(&spec.overlay, &inside.overlay, Bind::Write);
-    show(Path::new(RANDOM), Path::new(RANDOM), Bind::Read);
     match from {
         Some(snapshot) => show(&snapshot.memory, Path::new(command_line::TEMPLATE_MEMORY), Bind::Read),
         None => {
@@ -307,6 +307,7 @@ fn jailed(
     }
     let needs = Needs {
         dir: &spec.dir,
+        programs,
         files: shown,
         devices: if config.accel == Accel::Kvm { vec!["/dev/kvm"] } else { Vec::new() },
         makes_files: false,
