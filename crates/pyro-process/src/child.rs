@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{ChildStderr, ChildStdout, ExitStatus, Stdio};
+use std::process::{ChildStderr, ChildStdin, ChildStdout, ExitStatus, Stdio};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -20,6 +20,7 @@ use crate::spawn::Spawn;
 pub struct Child {
     pub(crate) id: u32,
     pub(crate) pidfd: OwnedFd,
+    pub(crate) stdin: Option<ChildStdin>,
     pub(crate) stdout: Option<ChildStdout>,
     pub(crate) stderr: Option<ChildStderr>,
     /// Whether the process is the warden of a jail.
@@ -68,6 +69,12 @@ impl Child {
     /// The pidfd; it becomes readable when the child ends.
     pub fn pidfd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
+    }
+
+    /// The write end of the child's standard input, once, where it was `Stdio::piped()`. Where nobody takes it, it stays open
+    /// as long as this.
+    pub fn take_stdin(&mut self) -> Option<ChildStdin> {
+        self.stdin.take()
     }
 
     /// The read end of the child's standard output, once, where it was `Stdio::piped()`.

@@ -206,8 +206,9 @@ fn started(mut std_child: std::process::Child, report: Report, jailed: bool) -> 
             failed.unwrap_or_else(|| io::Error::other("the child was killed before it ran its program"))
         );
     };
+    let stdin = std_child.stdin.take();
     let (stdout, stderr) = (std_child.stdout.take(), std_child.stderr.take());
-    let mut child = Child { id, pidfd, stdout, stderr, jailed, keeper, report, ended, exit: None };
+    let mut child = Child { id, pidfd, stdin, stdout, stderr, jailed, keeper, report, ended, exit: None };
     match failed {
         None => Ok(child),
         Some(error) => {

@@ -116,7 +116,7 @@ async fn a_guest_talks_uses_its_disks_and_powers_off() {
     assert!(fs_err::read(&bench.spec.overlay).expect("read").starts_with(b"hello"));
     assert!(fs_err::read(&bench.spec.rootfs).expect("read").starts_with(b"ROOT"));
     let names = fs_err::read_dir(bench.dir.path()).expect("listed").count();
-    assert_eq!(names, 3, "the cache and the disks: the machine has made no file");
+    assert_eq!(names, 4, "the cache, the library and the disks: the machine has made no file");
 }
 
 #[tokio::test]

@@ -303,7 +303,7 @@ fn what_ends_a_command_is_told_and_only_what_runs_is_cancelled() {
     let result = answer(&running.wait_with_output().expect("it ends"));
     assert_eq!((&result["fault"], &result["stdout"]), (&"cancelled".into(), &"begun\n".into()), "{result}");
     assert_eq!(result["stderr"], "command ended: the task was stopped\n");
-    assert_eq!(pyro.logs(&id)[1]["reason"], "the task was stopped");
+    assert_eq!(pyro.logs(&id)[1]["reason"], "command ended: the task was stopped");
     pyro.ok(&["task", "start", &id]);
     let running = begin(&pyro);
     pyro.ok(&["task", "delete", &id]);

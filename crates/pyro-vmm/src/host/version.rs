@@ -195,20 +195,28 @@ mod tests {
     fn a_version_is_asked_for_once_and_again_when_the_program_changes() {
         let dir = tempfile::tempdir().expect("a directory");
         let cache = dir.path().join("cache.json");
-        let text = format!(
-            "echo asked >> {}/log; echo 'QEMU emulator version 7.2.22 (Debian 1:7.2)'",
-            dir.path().display()
-        );
-        let binary = script(dir.path(), &text);
+        let answer = |version: &str| {
+            format!("echo asked >> {}/log; echo 'Firecracker v{version}'", dir.path().display())
+        };
+        let binary = script(dir.path(), &answer("1.12.1"));
+        let version = || firecracker_version(&binary, &cache).expect("a version");
+        assert_eq!((version(), version()), ("1.12.1".to_owned(), "1.12.1".to_owned()));
+        assert_eq!(fs_err::read_to_string(dir.path().join("log")).expect("a log"), "asked\n");
+        script(dir.path(), &answer("1.12.10"));
+        assert_eq!(version(), "1.12.10");
+    }
+
+    #[test]
+    fn a_qemu_says_what_it_can_do_and_a_script_cannot_be_jailed() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let cache = dir.path().join("cache.json");
+        let binary = script(dir.path(), "echo 'QEMU emulator version 7.2.22 (Debian 1:7.2)'");
         let facts = || qemu_facts(&binary, &cache).expect("a version");
         assert_eq!((facts().version.as_str(), facts().sandbox), ("7.2.22", true));
-        // A script runs a shell, and whatever that runs.
+        // It runs a shell, and whatever that runs.
         assert!(facts().files.expect_err("no program").contains("a script"));
-        assert_eq!(fs_err::read_to_string(dir.path().join("log")).expect("a log"), "asked\n");
-
         script(dir.path(), "case $1 in -sandbox) exit 1;; esac; echo 'QEMU emulator version 10.0.3'");
-        let facts = qemu_facts(&binary, &cache).expect("a version");
-        assert_eq!((facts.version.as_str(), facts.sandbox), ("10.0.3", false));
+        assert_eq!((facts().version.as_str(), facts().sandbox), ("10.0.3", false));
     }
 
     #[test]

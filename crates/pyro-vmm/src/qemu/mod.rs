@@ -41,6 +41,8 @@ const MEMORY: &str = "memory";
 const STATE: &str = "state";
 /// Where random numbers come from that QEMU's libraries draw.
 const RANDOM: &str = "/dev/urandom";
+/// What it tries out locks on before it locks its disks.
+const NULL: &str = "/dev/null";
 /// Where the jail shows the library that an older QEMU needs.
 const PRELOAD: &str = "/open.so";
 
@@ -91,7 +93,7 @@ impl QemuConfig {
         let QemuFacts { version, sandbox, mut files } = qemu_facts(&binary, cache_file)?;
         let mut preload = None;
         if confine != Confine::Nothing && needs_preload(&version) {
-            let dir = cache_file.parent().unwrap_or(Path::new("/"));
+            let dir = cache_file.parent().unwrap_or_else(|| Path::new("/"));
             match preload_library(dir) {
                 Ok(library) => preload = Some(library),
                 Err(error) => files = Err(error.to_string()),
@@ -309,7 +311,7 @@ fn jailed(
         dir: &spec.dir,
         programs,
         files: shown,
-        devices: if config.accel == Accel::Kvm { vec!["/dev/kvm"] } else { Vec::new() },
+        devices: if config.accel == Accel::Kvm { vec![NULL, "/dev/kvm"] } else { vec![NULL] },
         makes_files: false,
         memory_mib: spec.memory_mib,
         vcpus: spec.vcpus,
@@ -331,9 +333,10 @@ fn jailed(
 /// Makes the file that a savable guest has for its memory, with all of its room on the disk: a guest that touched a page
 /// for which the disk has none would end its VMM by SIGBUS.
 fn reserve_memory(path: &Path, bytes: u64) -> io::Result<()> {
-    let file = fs_err::File::create(path)?;
-    file.set_len(bytes)?;
-    match rustix::fs::fallocate(file.file(), FallocateFlags::empty(), 0, bytes) {
+    let file = fs_err::File::create(path)?.into_file();
+    let reserved = rustix::fs::ftruncate(&file, bytes)
+        .and_then(|()| rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes));
+    match reserved {
         // Not every file system can do that; then it is as sparse as it would be.
         Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
         Err(error) => {
