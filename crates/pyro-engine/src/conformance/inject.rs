@@ -82,10 +82,24 @@ impl Stopped {
         set_registers(self.pid, &registers)?;
         ptrace(libc::PTRACE_SINGLESTEP, self.pid, 0, 0)?;
         if wait(self.pid)? == libc::SIGSYS {
-            // The signal stays here: it is not handed on.
+            // The signal stays here: it is not handed on. The step's own signal may wait behind it, and would end the next
+            // step before its call.
+            if self.is_pending(libc::SIGTRAP)? {
+                ptrace(libc::PTRACE_CONT, self.pid, 0, 0)?;
+                wait(self.pid)?;
+            }
             return Ok(i64::from(-libc::EPERM));
         }
         Ok(self::registers(self.pid)?.rax.cast_signed())
+    }
+}
+
+impl Stopped {
+    fn is_pending(&self, signal: i32) -> io::Result<bool> {
+        let status = fs_err::read_to_string(format!("/proc/{}/status", self.pid))?;
+        let pending = status.lines().find_map(|line| line.strip_prefix("SigPnd:")).unwrap_or_default();
+        let pending = u64::from_str_radix(pending.trim(), 16).map_err(io::Error::other)?;
+        Ok(pending & (1 << (signal - 1)) != 0)
     }
 }
 

@@ -257,8 +257,8 @@ fn make_log(path: &Path) -> io::Result<OwnedFd> {
     use fs_err::os::unix::fs::OpenOptionsExt;
 
     rustix::fs::mknodat(CWD, path, FileType::Fifo, Mode::empty(), 0)?;
-    // The VMM's user is another than this one; the directory above is closed to everybody else.
-    fs_err::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o622))?;
+    // The VMM's user is another than this one, and opens it in both directions; the directory above is closed to others.
+    fs_err::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
     let mut options = fs_err::OpenOptions::new();
     options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
     Ok(options.open(path)?.into_file().into())
