@@ -362,7 +362,9 @@ fn a_caller_hears_of_the_end_of_its_command_while_the_disk_of_the_host_is_full()
     );
     let result = answer(&ended_within(silent, SAYS_SO + CROWDED, "the silent command"));
     if result["stderr"].as_str().expect("text").contains("not on record yet") {
-        assert_eq!((&result["fault"], &result["exit_code"]), (&"disk_full".into(), &0.into()), "{result}");
+        // It has ended by itself, or was ended because the disk was nearly full.
+        assert_eq!(result["fault"], "disk_full", "{result}");
+        assert!([0, 137].contains(&result["exit_code"].as_i64().expect("a number")), "{result}");
     }
     drop(file);
     fs::remove_file(&filler).expect("removed");
