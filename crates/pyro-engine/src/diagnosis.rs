@@ -64,7 +64,7 @@ pub struct VmmFacts {
     pub name: String,
     pub version: String,
     pub binary: String,
-    /// What keeps it apart from the host, each of which a launch must show; empty where it was told to run unconfined.
+    /// The elements that each launch must show. Empty if the VMM was told to run unconfined.
     pub confinement: Vec<String>,
 }
 

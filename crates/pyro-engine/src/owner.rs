@@ -161,12 +161,12 @@ impl<M: Owned> Mailbox<M> {
         self.0.is_closed()
     }
 
-    /// Starts the machine; none where it is gone.
+    /// Starts the machine. Returns `None` if the machine is gone.
     pub(crate) async fn start(&self, start: M::Start) -> Option<Result<M::Record, Error>> {
         self.ask(|reply| Message::Start(start, reply)).await
     }
 
-    /// Stops the machine; none where it is gone.
+    /// Stops the machine. Returns `None` if the machine is gone.
     pub(crate) async fn stop(&self, why: Option<&'static str>) -> Option<Result<M::Record, Error>> {
         self.ask(|reply| Message::Stop(why, reply)).await
     }

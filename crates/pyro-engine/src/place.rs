@@ -55,7 +55,7 @@ impl Place {
         matches!(self, Self::None)
     }
 
-    /// How commands run here; none where no command can run.
+    /// Returns how commands run here, or `None` if no command can run.
     pub(crate) fn manner(&self) -> Option<Manner> {
         match self {
             Self::None => None,

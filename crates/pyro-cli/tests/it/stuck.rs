@@ -1,4 +1,4 @@
-//! Processes that are stopped while others wait for them: whoever waits is told for whom, and can end it.
+//! Stopped processes: a command that waits for one names it and can end it.
 
 use fs_err as fs;
 use std::os::fd::OwnedFd;

@@ -191,7 +191,7 @@ impl Drop for Pyro {
 pub(crate) struct SmallDisk(PathBuf);
 
 impl SmallDisk {
-    /// Mounts one there; none where this user cannot.
+    /// Mounts one there. Returns `None` if this user cannot mount.
     pub(crate) fn mount(on: &Path, mib: u64) -> Option<Self> {
         let mounted = is_root()
             && run(Command::new("mount")
