@@ -92,19 +92,16 @@ pub(crate) fn run(
 ) -> mpsc::Receiver<Result<ExecEvent, Status>> {
     let (events, receiver) = mpsc::channel(4);
     drop(tokio::spawn(async move {
-        let (last, cgroup) = match Running::start(&guest, &reaper, &command) {
-            Ok(running) => {
-                let (exited, cgroup) = running.finish(&command, inputs, &events).await;
-                (exec_event::Kind::Exited(exited), Some(cgroup))
-            }
-            Err(refused) => (exec_event::Kind::Refused(refused), None),
+        let last = match Running::start(&guest, &reaper, &command) {
+            Ok(running) => exec_event::Kind::Exited(running.finish(&command, inputs, &events).await),
+            Err(refused) => exec_event::Kind::Refused(refused),
         };
         drop(events.send(Ok(ExecEvent { kind: Some(last) })).await);
         // That there are no more events must not wait for what follows; nor must whoever sends them.
         drop(events);
         drop(told.await);
         tokio::task::yield_now().await;
-        guest.cgroup.tidy(cgroup);
+        guest.cgroup.forget_left();
     }));
     receiver
 }
@@ -141,45 +138,29 @@ impl Running {
         let stdout = own_end(stdout, pipe::Receiver::from_owned_fd_unchecked).map_err(other)?;
         let stderr = own_end(stderr, pipe::Receiver::from_owned_fd_unchecked).map_err(other)?;
         let began = Instant::now();
-        let launch_in = |cgroup: &ExecCgroup| {
-            launch(&Launch {
-                candidates: &words.candidates,
-                argv: &words.argv,
-                envp: &words.envp,
-                cwd: &command.cwd,
-                files: COMMAND_FILES,
-                stdio: [
-                    stdin_end.as_ref().map_or_else(|| guest.null.as_fd(), OwnedFd::as_fd),
-                    stdout_end.as_fd(),
-                    stderr_end.as_fd(),
-                ],
-                cgroup: cgroup.directory(),
-                cgroup_namespace: guest.cgroup_namespace.as_fd(),
-                mount_namespace: guest.namespace.as_fd(),
-            })
-        };
-        let mut cgroup = match guest.cgroup.take_spare() {
-            Some(spare) => spare,
-            None => guest.cgroup.exec().map_err(other)?,
-        };
-        let mut launched = launch_in(&cgroup);
-        if matches!(launched, Err(LaunchError::Prepare(_))) {
-            // The group that was ready may have been removed or limited by the guest; its own is fresh.
-            cgroup = guest.cgroup.exec().map_err(other)?;
-            launched = launch_in(&cgroup);
-        }
+        let cgroup = guest.cgroup.exec().map_err(other)?;
+        let launched = launch(&Launch {
+            candidates: &words.candidates,
+            argv: &words.argv,
+            envp: &words.envp,
+            cwd: &command.cwd,
+            files: COMMAND_FILES,
+            stdio: [
+                stdin_end.as_ref().map_or_else(|| guest.null.as_fd(), OwnedFd::as_fd),
+                stdout_end.as_fd(),
+                stderr_end.as_fd(),
+            ],
+            cgroup: cgroup.directory(),
+            cgroup_namespace: guest.cgroup_namespace.as_fd(),
+            mount_namespace: guest.namespace.as_fd(),
+        });
         let pid = launched.map_err(|error| words.refused(error, &command.cwd))?;
         let ended = reaper.watch(pid);
         Ok(Self { process: Process { pid, cgroup, ended, status: None }, began, stdin, stdout, stderr })
     }
 
-    /// Follows the command to its end; gives back the group that it ran in.
-    async fn finish(
-        self,
-        command: &Command,
-        inputs: Streaming<ExecInput>,
-        events: &Events,
-    ) -> (ExecExited, ExecCgroup) {
+    /// Follows the command to its end.
+    async fn finish(self, command: &Command, inputs: Streaming<ExecInput>, events: &Events) -> ExecExited {
         let mut process = self.process;
         let pid = u32::try_from(process.pid.as_raw_nonzero().get()).unwrap_or(0);
         let started = exec_event::Kind::Started(ExecStarted { pid });
@@ -204,7 +185,7 @@ impl Running {
         // In one task: each further one would cost a short command as much as its output does. A reader that has gone away
         // ends the pumps as well, so neither can wait for ever.
         let (exited, (), (), ()) = tokio::join!(main, out, err, input);
-        (exited, process.cgroup)
+        exited
     }
 }
 
