@@ -264,6 +264,7 @@ impl Plan {
                 detach()?;
             }
         }
+        keep_open_files_back();
         program.enter()?;
         // Before the jail, which may hide this file; the program inherits the value.
         if let Some(text) = &self.oom_score_adj {
@@ -326,9 +327,9 @@ fn be_keeper(child: Pid, teller: &Teller) -> ! {
     unsafe { libc::_exit(0) }
 }
 
-/// Gives the program the descriptors that it is to have, and no others.
-fn hand_over(fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
-    // Rust marks every descriptor close-on-exec, but a host program (an embedding Python, a shell) may not.
+/// Keeps what is open from the program. Rust marks every descriptor close-on-exec, but a host program (an embedding Python,
+/// a shell) may not. Before a limit is lowered, which would hide the numbers above it.
+fn keep_open_files_back() {
     // SAFETY: a system call on numbers; it closes nothing now, so the runtime's own pipe stays usable.
     let marked = unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
     if marked != 0 {
@@ -340,6 +341,10 @@ fn hand_over(fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
             unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
         }
     }
+}
+
+/// Gives the program the descriptors that it is to have.
+fn hand_over(fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
     for (fd, number) in fds {
         // SAFETY: both are valid numbers in this process, which is about to execute another program.
         if unsafe { libc::dup2(fd.as_raw_fd(), *number) } < 0 {
