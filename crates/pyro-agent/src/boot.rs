@@ -75,7 +75,8 @@ pub(crate) fn boot() -> Result<Guest, BootError> {
     }
     mount_root()?;
     let cgroup = GuestCgroup::new().phase("cgroup", "/cgroup")?;
-    let (cgroup_namespace, namespace) = GuestCgroup::namespace(guest_namespace).phase("cgroup", "namespace")?;
+    let (cgroup_namespace, namespace) =
+        GuestCgroup::namespace(guest_namespace).phase("cgroup", "namespace")?;
     let namespace = namespace?;
     let null = File::options().read(true).write(true).open("/dev/null").phase("init", "/dev/null")?;
     raise_loopback();

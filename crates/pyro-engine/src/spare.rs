@@ -10,6 +10,7 @@ use std::time::Duration;
 use pyro_image::Environment;
 
 use crate::engine::Engine;
+use crate::error::{Error, ErrorKind};
 use crate::execute::Cancel;
 use crate::observe::Observer;
 use crate::place::Terms;
@@ -71,6 +72,20 @@ impl Engine {
     /// Ends the spare; whether there was one. Its slot is free when this returns.
     pub(crate) fn end_spare(&self) -> bool {
         self.machines.end_spare()
+    }
+
+    /// Admits a machine, if need be in the place of the spare: one that is asked for comes before one that waits for somebody
+    /// to ask.
+    pub(crate) fn before_spare<T>(&self, admit: impl Fn() -> Result<T, Error>) -> Result<T, Error> {
+        match admit() {
+            Err(error) if self.gives_way(&error) => admit(),
+            admitted => admitted,
+        }
+    }
+
+    /// Ends the spare where a machine was refused for want of what the spare holds; whether there was one.
+    pub(crate) fn gives_way(&self, refused: &Error) -> bool {
+        matches!(refused.kind(), ErrorKind::CapReached | ErrorKind::HostResources) && self.end_spare()
     }
 
     /// Makes a spare for the next machine of this description, in its own time.
@@ -274,6 +289,29 @@ pub(crate) mod tests {
         assert_eq!(refused.to_string(), "max active VMs reached (2); delete old VMs first");
         drop(engine);
         assert_eq!(fs_err::read_dir(state.path().join("vms")).expect("there").count(), 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_spare_makes_room_for_a_stopped_machine_and_for_a_task() {
+        const TEST: &str = "a_spare_makes_room_for_a_stopped_machine_and_for_a_task";
+        let Some((_state, engine)) = engine_with_spare(TEST, 2) else { return };
+        let stopped = engine.create_vm(spec(), Observer::none()).await.expect("created").vm_id;
+        engine.start_vm(&stopped).await.expect("started");
+        engine.stop_vm(&stopped).await.expect("stopped");
+        hostname(&engine, spec()).await;
+        waiting(&engine).await;
+        let other = engine.create_vm(spec(), Observer::none()).await.expect("created").vm_id;
+        engine.start_vm(&stopped).await.expect("the spare goes when its slot is wanted again");
+        for vm in [stopped, other] {
+            engine.delete_vm(&vm).await.expect("deleted");
+        }
+        hostname(&engine, spec()).await;
+        waiting(&engine).await;
+        engine.create_vm(spec(), Observer::none()).await.expect("created");
+        // This engine has no program for supervisors, and says so once the task has a slot.
+        let refused = engine.create_task(spec(), Observer::none()).await.expect_err("no supervisor");
+        assert_ne!(refused.kind(), ErrorKind::CapReached, "{refused}");
+        assert!(engine.slot().spare.is_none());
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -160,8 +160,14 @@ impl Engine {
     /// # Errors
     /// When it is in another state, does not boot, or is stopped or deleted meanwhile.
     pub async fn start_vm(&self, vm_id: &str) -> Result<VmRecord, Error> {
-        let started = self.own(vm_id)?.mailbox.start(()).await;
-        started.unwrap_or_else(|| Err(self.gone(vm_id)))
+        let start = async || {
+            let started = self.own(vm_id)?.mailbox.start(()).await;
+            started.unwrap_or_else(|| Err(self.gone(vm_id)))
+        };
+        match start().await {
+            Err(error) if self.gives_way(&error) => start().await,
+            started => started,
+        }
     }
 
     /// Powers a VM off cleanly; its disk is kept. From any state; a running command is ended.
@@ -268,16 +274,7 @@ impl Engine {
                     record
                 })
             };
-            let (lease, record) = match admit() {
-                // A machine that is asked for comes before one that waits for somebody to ask.
-                Err(error)
-                    if matches!(error.kind(), ErrorKind::CapReached | ErrorKind::HostResources)
-                        && engine.end_spare() =>
-                {
-                    admit()?
-                }
-                admitted => admitted?,
-            };
+            let (lease, record) = engine.before_spare(admit)?;
             let live = Live::new(Arc::clone(&inner.registry), lease);
             Ok(Admitted { record, environment: ground.map(|(_, environment)| environment), live })
         })

@@ -181,7 +181,8 @@ impl Engine {
         let (mut unborn, file) = self
             .blocking(move || {
                 let inner = &engine.inner;
-                let lease = inner.registry.bear_task(inner.config.max_active_vms, file.promise())?;
+                let cap = inner.config.max_active_vms;
+                let lease = engine.before_spare(|| inner.registry.bear_task(cap, file.promise()))?;
                 let directory = TaskDirectory::new(lease.dir.clone());
                 let unborn = Unborn {
                     registry: Arc::clone(&inner.registry),
@@ -218,7 +219,7 @@ impl Engine {
         let (engine, cap) = (self.clone(), self.inner.config.max_active_vms);
         self.blocking({
             let id = id.clone();
-            move || engine.inner.registry.readmit_task(cap, &id)
+            move || engine.before_spare(|| engine.inner.registry.readmit_task(cap, &id))
         })
         .await?;
         let report = self.spawn_supervisor(lock, Kind::Start, false, file);
