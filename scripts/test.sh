@@ -16,7 +16,7 @@ status=0
     # As other languages see it.
     wheel=$(scripts/wheel.sh dev) && target/venv/bin/pip install --quiet --disable-pip-version-check --force-reinstall "$wheel" &&
         env $variables PYRO_TEST_PROGRAM="$PWD/target/debug/pyro" PYRO_TEST_WHEEL="$wheel" \
-            target/venv/bin/python -m pytest -rs tests 2>&1 || echo "failed" > "$log.status"
+            target/venv/bin/python -m pytest -rsfE tests 2>&1 || echo "failed" > "$log.status"
 } | tee "$log"
 [ ! -e "$log.status" ] || { rm -f "$log.status"; status=1; }
 echo "skipped: $(grep -cE '^(skipped: |SKIPPED )' "$log" || true)"

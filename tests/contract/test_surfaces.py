@@ -115,9 +115,9 @@ RESULTS = [
     ({"command": ["sh", "-c", "kill -9 $$"]}, {"exit_code": 137, "fault": None}),
     ({"command": ["cat"]}, {"stdout": "", "exit_code": 0}),
     (
-        {"command": "echo before; sleep 60", "timeout_seconds": 1},
+        {"command": "echo before; sleep 60", "timeout_seconds": 5},
         {"exit_code": 124, "timed_out": True, "fault": "timeout", "stdout": "before\n",
-         "stderr": "command timed out after 1s"},
+         "stderr": "command timed out after 5s"},
     ),
 ]
 

@@ -58,12 +58,12 @@ fn a_hundred_mebibytes_arrive_byte_for_byte_with_flat_memory() {
 fn a_timeout_is_124_with_what_came_before_it() {
     let pyro = Pyro::new();
     let line =
-        ["run", "debian:12", "--timeout-seconds", "1", "--json", "--", "sh", "-c", "echo part; sleep 99"];
+        ["run", "debian:12", "--timeout-seconds", "5", "--json", "--", "sh", "-c", "echo part; sleep 99"];
     let output = pyro.run(&line);
     assert_eq!(output.status.code(), Some(124));
     let result: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one object");
     assert_eq!((&result["stdout"], &result["fault"]), (&"part\n".into(), &"timeout".into()));
-    assert!(result["stderr"].as_str().expect("text").ends_with("command timed out after 1s\n"));
+    assert!(result["stderr"].as_str().expect("text").ends_with("command timed out after 5s\n"));
     pyro.assert_empty();
 }
 

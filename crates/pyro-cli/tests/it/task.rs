@@ -123,14 +123,14 @@ fn a_time_limit_a_cancellation_and_a_key_press_each_say_what_they_were() {
     let pyro = Pyro::new();
     let id = pyro.create();
     let line =
-        ["task", "exec", &id, "--timeout-seconds", "1", "--json", "--", "sh", "-c", "echo part; sleep 99"];
+        ["task", "exec", &id, "--timeout-seconds", "5", "--json", "--", "sh", "-c", "echo part; sleep 99"];
     let late = pyro.json(&line);
     assert_eq!(
         (&late["exit_code"], &late["fault"], &late["timed_out"]),
         (&124.into(), &"timeout".into(), &true.into())
     );
     assert_eq!(late["stdout"], "part\n");
-    assert!(late["stderr"].as_str().expect("text").ends_with("command timed out after 1s\n"), "{late}");
+    assert!(late["stderr"].as_str().expect("text").ends_with("command timed out after 5s\n"), "{late}");
     assert_eq!(pyro.logs(&id)[0]["status"], "timed_out");
 
     let child = pyro.spawn(&["task", "exec", &id, "--json", "--", "sh", "-c", "echo begun; sleep 99"]);
