@@ -15,6 +15,7 @@
 //! Whoever must signal a child later does so through its pidfd ([`Child::pidfd`]), never through a number.
 
 mod child;
+mod descriptors;
 mod jail;
 mod limits;
 mod other;
@@ -23,6 +24,7 @@ mod report;
 mod spawn;
 
 pub use child::{Child, Exit, Output, output};
+pub use descriptors::{HandOverError, descriptors_from_child};
 pub use jail::{Bind, Jail, has_landlock};
 pub use limits::make_file_limits_errors;
 pub use other::{Holder, Other, lock_holder, lock_within};
