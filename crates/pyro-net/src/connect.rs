@@ -1,0 +1,328 @@
+//! One connection of a guest, from its first packet to its end.
+//!
+//! The decision is made and written down before anything is dialled. A connection to a name must then prove that it is for
+//! that name: by its TLS hello on port 443, by the `Host` of each request on port 80. Elsewhere a TLS hello is held against
+//! the name where there is one.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+
+use crate::address::GATEWAY;
+use crate::dial::{DialError, Target};
+use crate::hello::{Hello, HelloStep};
+use crate::http::{self, Authority};
+use crate::log::{Entry, Kind};
+use crate::network::Shared;
+use crate::policy::{Decision, HOST_NAME, NameCheck, Policy};
+use crate::relay::{Carried, carry, carry_one_way, reset, write_all};
+use crate::resolver;
+
+/// How long a TLS hello may take, once a connection that must begin with one is there.
+const HELLO_WITHIN: Duration = Duration::from_secs(10);
+const HELLO_BYTES: usize = 16 << 10;
+const DNS: u16 = 53;
+const HTTP: u16 = 80;
+const HTTPS: u16 = 443;
+
+/// Where a connection goes, as far as the policy is concerned.
+#[derive(Clone, Debug)]
+pub(crate) struct Destination {
+    pub(crate) target: Target,
+    /// What the guest dialled.
+    pub(crate) address: Ipv4Addr,
+    pub(crate) port: u16,
+}
+
+/// Why a connection ended otherwise than by its two sides.
+#[derive(Debug, thiserror::Error)]
+enum Failed {
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    #[error("{0}")]
+    Hello(String),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("{0}")]
+    Http(#[from] hyper::Error),
+    #[error("the policy does not allow it any more")]
+    Revoked,
+}
+
+impl Destination {
+    /// What this address means here. None for the gateway itself, which has no services but name queries.
+    pub(crate) fn of(shared: &Shared, policy: &Policy, dialled: SocketAddr) -> Option<Self> {
+        let SocketAddr::V4(dialled) = dialled else { return None };
+        let (address, port) = (*dialled.ip(), dialled.port());
+        if address == GATEWAY {
+            return None;
+        }
+        let name = shared.names().name_of(address).map(str::to_owned);
+        let target = match name {
+            Some(name) if name == HOST_NAME => Target::Host,
+            // The alias of a name may be an address that it really has, which a rule of its own may allow.
+            Some(name)
+                if !policy.by_name(&name, port).allowed
+                    && policy.by_address(address.into(), port).allowed =>
+            {
+                Target::Address(address)
+            }
+            Some(name) => Target::Name(name),
+            None => Target::Address(address),
+        };
+        Some(Self { target, address, port })
+    }
+
+    /// What the policy says of it.
+    pub(crate) fn decide(&self, policy: &Policy) -> Decision {
+        match &self.target {
+            Target::Name(name) => policy.by_name(name, self.port),
+            Target::Address(address) => policy.by_address((*address).into(), self.port),
+            Target::Host => policy.host_service(self.port),
+        }
+    }
+
+    fn name(&self) -> Option<&str> {
+        match &self.target {
+            Target::Name(name) => Some(name),
+            Target::Host => Some(HOST_NAME),
+            Target::Address(_) => None,
+        }
+    }
+
+    /// An entry of the log about it.
+    fn entry(&self, kind: Kind, decision: &Decision) -> Entry {
+        Entry {
+            name: self.name().map(str::to_owned),
+            address: Some(self.address.into()),
+            port: Some(self.port),
+            rule: decision.rule.clone(),
+            allowed: Some(decision.allowed),
+            why: Some(decision.why.to_string()),
+            ..Entry::now(kind)
+        }
+    }
+}
+
+/// Serves a connection to its end. Where it is not allowed, or goes wrong, the guest sees a reset.
+pub(crate) async fn serve(shared: Arc<Shared>, guest: TcpStream, revoked: oneshot::Receiver<()>) {
+    let Ok(dialled) = guest.local_addr() else { return reset(&guest) };
+    if dialled.port() == DNS {
+        return resolver::serve_stream(&shared, guest).await;
+    }
+    let policy = shared.policy();
+    let Some(destination) = Destination::of(&shared, &policy, dialled) else { return reset(&guest) };
+    let decision = destination.decide(&policy);
+    shared.record(destination.entry(Kind::Connect, &decision));
+    if !decision.allowed {
+        return reset(&guest);
+    }
+    drop(guest.set_nodelay(true));
+    let carried = Carried::default();
+    let connection =
+        Connection { shared: &shared, policy: &policy, destination: &destination, carried: &carried };
+    let must_match =
+        matches!(&destination.target, Target::Name(name) if policy.check(name) == NameCheck::MustMatch);
+    let result = if must_match && destination.port == HTTP {
+        connection.serve_http(guest, decision.clone(), revoked).await
+    } else {
+        tokio::select! {
+            carried = connection.pass_on(&guest, must_match) => {
+                if carried.is_err() {
+                    reset(&guest);
+                }
+                carried
+            }
+            _ = revoked => {
+                reset(&guest);
+                Err(Failed::Revoked)
+            }
+        }
+    };
+    let mut entry = destination.entry(Kind::Connect, &decision);
+    if let Err(error @ (Failed::Hello(_) | Failed::Dial(DialError::Forbidden))) = &result {
+        // A decision of its own: what was allowed turned out to be something else.
+        entry.allowed = Some(false);
+        entry.why = Some(error.to_string());
+        return shared.record(entry);
+    }
+    entry.bytes_in = Some(carried.to_guest.load(Ordering::Relaxed));
+    entry.bytes_out = Some(carried.from_guest.load(Ordering::Relaxed));
+    entry.why = match &result {
+        Ok(()) => Some("ended".to_owned()),
+        Err(error) => Some(error_text(error)),
+    };
+    shared.record(entry);
+}
+
+fn error_text(error: &Failed) -> String {
+    match error {
+        Failed::Dial(DialError::Connect(cause) | DialError::Unresolved(cause)) => format!("{error}: {cause}"),
+        _ => error.to_string(),
+    }
+}
+
+struct Connection<'a> {
+    shared: &'a Arc<Shared>,
+    policy: &'a Policy,
+    destination: &'a Destination,
+    carried: &'a Carried,
+}
+
+impl Connection<'_> {
+    /// Carries bytes unread, once it is known that they are for the name.
+    async fn pass_on(&self, guest: &TcpStream, must_match: bool) -> Result<(), Failed> {
+        let expected = match &self.destination.target {
+            Target::Name(name) if must_match => Some(name.as_str()),
+            _ => None,
+        };
+        let mut first = Vec::new();
+        if let (Some(name), HTTPS) = (expected, self.destination.port) {
+            // Before anything is dialled: the server must not even see a connection that is for another name.
+            first = read_hello(guest, name, Vec::new()).await?;
+        }
+        let upstream = self.dial().await?;
+        let carried = async {
+            if !first.is_empty() {
+                self.send_first(&upstream, &first).await?;
+                return Ok(carry(guest, &upstream, self.carried).await?);
+            }
+            match expected {
+                // Whichever side speaks first: what the guest says first is looked at.
+                Some(name) => {
+                    tokio::try_join!(
+                        async { Ok(carry_one_way(&upstream, guest, &self.carried.to_guest).await?) },
+                        self.carry_checked(guest, &upstream, name),
+                    )?;
+                    Ok(())
+                }
+                None => Ok(carry(guest, &upstream, self.carried).await?),
+            }
+        };
+        let carried: Result<(), Failed> = carried.await;
+        if carried.is_err() {
+            reset(&upstream);
+        }
+        carried
+    }
+
+    async fn dial(&self) -> Result<TcpStream, DialError> {
+        self.shared.dialer.dial(self.policy, &self.destination.target, self.destination.port).await
+    }
+
+    async fn send_first(&self, upstream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
+        write_all(upstream, bytes).await?;
+        self.carried.from_guest.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Carries what the guest sends. Where it begins with a TLS hello, that must be for this name.
+    async fn carry_checked(&self, guest: &TcpStream, upstream: &TcpStream, name: &str) -> Result<(), Failed> {
+        const TLS_HANDSHAKE: u8 = 22;
+        let mut first = read_some(guest).await?;
+        if first.first() == Some(&TLS_HANDSHAKE) {
+            first = read_hello(guest, name, first).await?;
+        }
+        self.send_first(upstream, &first).await?;
+        Ok(carry_one_way(guest, upstream, &self.carried.from_guest).await?)
+    }
+
+    async fn serve_http(
+        &self,
+        guest: TcpStream,
+        decision: Decision,
+        revoked: oneshot::Receiver<()>,
+    ) -> Result<(), Failed> {
+        let Target::Name(name) = &self.destination.target else { return Ok(()) };
+        let authority = Authority { name: name.clone(), port: self.destination.port, usual_port: HTTP };
+        let server = Server {
+            shared: Arc::clone(self.shared),
+            policy: self.policy.clone(),
+            destination: self.destination.clone(),
+            decision,
+        };
+        tokio::select! {
+            served = http::serve(guest, authority, server) => Ok(served?),
+            _ = revoked => Err(Failed::Revoked),
+        }
+    }
+}
+
+/// The server behind a connection whose requests are read.
+struct Server {
+    shared: Arc<Shared>,
+    policy: Policy,
+    destination: Destination,
+    decision: Decision,
+}
+
+impl http::Upstream for Server {
+    type Stream = TcpStream;
+
+    async fn connect(&self) -> io::Result<TcpStream> {
+        let Destination { target, port, .. } = &self.destination;
+        self.shared.dialer.dial(&self.policy, target, *port).await.map_err(io::Error::other)
+    }
+
+    fn decide(&self, method: &str, path: &str, refused: Option<&'static str>) -> Result<(), String> {
+        let mut entry = self.destination.entry(Kind::Http, &self.decision);
+        entry.method = Some(method.to_owned());
+        entry.path = Some(path.to_owned());
+        if let Some(why) = refused {
+            entry.allowed = Some(false);
+            entry.why = Some(why.to_owned());
+        }
+        self.shared.record(entry);
+        refused.map_or(Ok(()), |why| Err(why.to_owned()))
+    }
+}
+
+/// Waits for bytes of the guest; none at its end.
+async fn read_some(guest: &TcpStream) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; HELLO_BYTES];
+    loop {
+        guest.readable().await?;
+        match guest.try_read(&mut bytes) {
+            Ok(length) => {
+                bytes.truncate(length);
+                return Ok(bytes);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Reads a TLS hello that must be for this name; returns all bytes that were read, `begun` among them.
+async fn read_hello(guest: &TcpStream, name: &str, begun: Vec<u8>) -> Result<Vec<u8>, Failed> {
+    let read = async {
+        let (mut hello, mut all, mut fresh) = (Hello::new(), Vec::new(), begun);
+        loop {
+            if fresh.is_empty() {
+                fresh = read_some(guest).await?;
+                if fresh.is_empty() {
+                    return Err(Failed::Hello("it ended before its TLS hello did".to_owned()));
+                }
+            }
+            let step = hello.feed(&fresh);
+            all.append(&mut fresh);
+            match step {
+                HelloStep::NeedMore => {}
+                HelloStep::Name(Some(found)) if found == name => return Ok(all),
+                HelloStep::Name(Some(found)) => {
+                    return Err(Failed::Hello(format!("its TLS hello names {found}")));
+                }
+                HelloStep::Name(None) => return Err(Failed::Hello("its TLS hello names no host".to_owned())),
+                HelloStep::NotTls(reason) => return Err(Failed::Hello(format!("it is not TLS: {reason}"))),
+            }
+        }
+    };
+    tokio::time::timeout(HELLO_WITHIN, read).await.unwrap_or_else(|_elapsed| {
+        Err(Failed::Hello(format!("no TLS hello within {} s", HELLO_WITHIN.as_secs())))
+    })
+}

@@ -1,0 +1,190 @@
+//! Connections to the outside: the host resolves a name anew at each of them, and dials what its policy admits.
+
+use std::future::Future;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::policy::Policy;
+
+/// How long a name may take to be resolved.
+const RESOLVED_WITHIN: Duration = Duration::from_secs(10);
+/// How long all attempts to connect may take together.
+const CONNECTED_WITHIN: Duration = Duration::from_secs(30);
+/// After so long without an answer, the next address is tried beside the one before.
+const STAGGER: Duration = Duration::from_millis(250);
+/// Names that are resolved at the same time: each takes a thread.
+const LOOKUPS: usize = 32;
+
+/// Where the connections of a guest go to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// A name, which the host resolves.
+    Name(String),
+    /// An address that the guest has dialled without a name.
+    Address(Ipv4Addr),
+    /// A service of the host, on its loopback.
+    Host,
+}
+
+/// Why nothing was connected.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    #[error("the name does not resolve")]
+    Unresolved(#[source] io::Error),
+    #[error("the name resolves to forbidden addresses only")]
+    Forbidden,
+    #[error("the connection failed")]
+    Connect(#[source] io::Error),
+    #[error("no answer within {} s", .0.as_secs())]
+    Timeout(Duration),
+}
+
+/// Resolves and connects for one guest.
+#[derive(Clone, Debug)]
+pub(crate) struct Dialer {
+    lookups: Arc<Semaphore>,
+}
+
+impl Dialer {
+    pub(crate) fn new() -> Self {
+        Self { lookups: Arc::new(Semaphore::new(LOOKUPS)) }
+    }
+
+    /// The addresses of a name, as the host knows them now.
+    pub(crate) async fn resolve(&self, name: &str) -> Result<Vec<IpAddr>, DialError> {
+        let lookup = async {
+            // It is never closed.
+            let _permit = self.lookups.acquire().await;
+            tokio::net::lookup_host((name, 0)).await
+        };
+        match tokio::time::timeout(RESOLVED_WITHIN, lookup).await {
+            Ok(Ok(found)) => Ok(found.map(|address| address.ip().to_canonical()).collect()),
+            Ok(Err(error)) => Err(DialError::Unresolved(error)),
+            Err(_elapsed) => Err(DialError::Timeout(RESOLVED_WITHIN)),
+        }
+    }
+
+    /// Connects to a target that the policy allows.
+    pub(crate) async fn dial(
+        &self,
+        policy: &Policy,
+        target: &Target,
+        port: u16,
+    ) -> Result<TcpStream, DialError> {
+        let addresses = match target {
+            Target::Host => vec![IpAddr::V4(Ipv4Addr::LOCALHOST)],
+            Target::Address(address) => vec![IpAddr::V4(*address)],
+            Target::Name(name) => {
+                let found = self.resolve(name).await?;
+                let admitted =
+                    found.into_iter().filter(|address| policy.admits_address(*address, port, true));
+                in_turn(admitted.collect())
+            }
+        };
+        if addresses.is_empty() {
+            return Err(DialError::Forbidden);
+        }
+        let targets = addresses.into_iter().map(|address| SocketAddr::new(address, port)).collect();
+        match tokio::time::timeout(CONNECTED_WITHIN, first_of(targets, TcpStream::connect)).await {
+            Ok(Ok(stream)) => {
+                // What a guest sends in pieces is passed on in pieces.
+                drop(stream.set_nodelay(true));
+                Ok(stream)
+            }
+            Ok(Err(error)) => Err(DialError::Connect(error)),
+            Err(_elapsed) => Err(DialError::Timeout(CONNECTED_WITHIN)),
+        }
+    }
+}
+
+/// Addresses of both families in turn, each family in the order of the resolver, which puts the better ones first.
+fn in_turn(addresses: Vec<IpAddr>) -> Vec<IpAddr> {
+    let first_is_v6 = addresses.first().is_some_and(IpAddr::is_ipv6);
+    let (first, second): (Vec<_>, Vec<_>) =
+        addresses.into_iter().partition(|address| address.is_ipv6() == first_is_v6);
+    let mut turns = Vec::new();
+    let (mut first, mut second) = (first.into_iter(), second.into_iter());
+    loop {
+        let pair = (first.next(), second.next());
+        if pair == (None, None) {
+            return turns;
+        }
+        turns.extend(pair.0);
+        turns.extend(pair.1);
+    }
+}
+
+/// The first connection that succeeds. Another address is tried when one fails, or has not answered for a moment.
+async fn first_of<T: Send + 'static, F: Future<Output = io::Result<T>> + Send + 'static>(
+    addresses: Vec<SocketAddr>,
+    connect: impl Fn(SocketAddr) -> F,
+) -> io::Result<T> {
+    let mut left = addresses.into_iter();
+    let mut attempts = JoinSet::new();
+    let mut failed = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    loop {
+        match left.next() {
+            Some(address) => drop(attempts.spawn(connect(address))),
+            None if attempts.is_empty() => return Err(failed),
+            None => {}
+        }
+        tokio::select! {
+            Some(done) = attempts.join_next() => match done {
+                Ok(Ok(stream)) => return Ok(stream),
+                Ok(Err(error)) => failed = error,
+                Err(error) => failed = io::Error::other(error),
+            },
+            () = tokio::time::sleep(STAGGER), if left.len() > 0 => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(last: u8) -> SocketAddr {
+        SocketAddr::from(([192, 0, 2, last], 443))
+    }
+
+    #[test]
+    fn families_take_turns() {
+        let addresses = |texts: &[&str]| -> Vec<IpAddr> {
+            texts.iter().map(|text| text.parse().expect("an address")).collect()
+        };
+        let found = addresses(&["2001:db8::1", "2001:db8::2", "192.0.2.1", "2001:db8::3"]);
+        let expected = addresses(&["2001:db8::1", "192.0.2.1", "2001:db8::2", "2001:db8::3"]);
+        assert_eq!(in_turn(found), expected);
+        assert!(in_turn(Vec::new()).is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_that_fails_is_followed_at_once_and_a_silent_one_after_a_moment() {
+        let began = tokio::time::Instant::now();
+        let won =
+            first_of(vec![address(1), address(2)], async |address| match address.ip().to_string().as_str() {
+                "192.0.2.1" => Err(io::Error::from(io::ErrorKind::ConnectionRefused)),
+                _ => Ok(address),
+            });
+        assert_eq!(won.await.expect("connected"), address(2));
+        assert_eq!(began.elapsed(), Duration::ZERO);
+        let won = first_of(vec![address(1), address(2)], async |tried| {
+            if tried == address(1) {
+                std::future::pending::<()>().await;
+            }
+            Ok(tried)
+        });
+        assert_eq!(won.await.expect("connected"), address(2));
+        assert_eq!(began.elapsed(), STAGGER);
+        let lost = first_of(vec![address(1)], async |_| {
+            Err::<(), _>(io::Error::from(io::ErrorKind::ConnectionRefused))
+        });
+        assert_eq!(lost.await.expect_err("refused").kind(), io::ErrorKind::ConnectionRefused);
+    }
+}

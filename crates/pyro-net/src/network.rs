@@ -1,0 +1,266 @@
+//! The owner's part of a guest's network: accepts, decides, dials, and writes down.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{TcpListener as StdTcpListener, UdpSocket};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::task::{AbortHandle, JoinSet};
+
+use crate::connect::{self, Destination};
+use crate::dial::Dialer;
+use crate::log::{Counts, Denial, Entry, Kind, Log};
+use crate::names::Names;
+use crate::policy::Policy;
+use crate::relay::reset;
+use crate::resolver::Queries;
+
+/// Connections that a guest may have at the same time: each costs two descriptors and the kernel's buffers.
+const CONNECTIONS: usize = 1024;
+/// Queries that are answered at the same time.
+const QUERIES: usize = 64;
+/// New names within [`NAMES_PERIOD`]: a name that is looked up can carry data to its own name servers.
+const NEW_NAMES: u32 = 600;
+const NAMES_PERIOD: Duration = Duration::from_secs(60);
+/// The pause after an accept that failed for want of descriptors.
+const NO_DESCRIPTORS: Duration = Duration::from_millis(50);
+/// How often counted entries of the log are written.
+const LOG_PERIOD: Duration = Duration::from_secs(1);
+/// The longest log, in bytes.
+const LOG_BYTES: u64 = 16 << 20;
+
+/// What a guest's network is made from.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What the guest may reach.
+    pub policy: Policy,
+    /// The file of the alias table; none: it is kept in memory.
+    pub names: Option<PathBuf>,
+    /// The file of the log; none: only counts are kept.
+    pub log: Option<PathBuf>,
+}
+
+/// The network of one running guest. Dropping it ends every connection.
+#[derive(Debug)]
+pub struct Network {
+    shared: Arc<Shared>,
+    tasks: [AbortHandle; 3],
+}
+
+/// What came of a change of policy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Changed {
+    /// The digest of the policy before.
+    pub old_digest: String,
+    /// The digest of the policy now.
+    pub new_digest: String,
+    /// Connections that were ended because the policy does not allow them any more.
+    pub closed_connections: usize,
+}
+
+/// What all connections of a guest share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    policy: RwLock<Arc<Policy>>,
+    names: Mutex<Names>,
+    log: Mutex<Log>,
+    pub(crate) dialer: Dialer,
+    open: Mutex<Open>,
+    queries: Arc<Semaphore>,
+    new_names: Mutex<(Instant, u32)>,
+}
+
+/// Open connections, by number.
+#[derive(Debug, Default)]
+struct Open {
+    next: u64,
+    connections: HashMap<u64, (Destination, oneshot::Sender<()>)>,
+}
+
+impl Network {
+    /// Serves the sockets of a guest's namespace, on the tokio runtime of the caller.
+    ///
+    /// # Errors
+    /// When the table of names or the log cannot be opened, or the sockets cannot be used.
+    pub fn start(tcp: StdTcpListener, dns: UdpSocket, settings: Settings) -> io::Result<Self> {
+        let names = match settings.names {
+            Some(path) => Names::open(&path).map_err(io::Error::other)?,
+            None => Names::new(),
+        };
+        let log = Log::open(settings.log, LOG_BYTES)?;
+        tcp.set_nonblocking(true)?;
+        let listener = TcpListener::from_std(tcp)?;
+        let queries = Queries::new(dns)?;
+        let shared = Arc::new(Shared {
+            policy: RwLock::new(Arc::new(settings.policy)),
+            names: Mutex::new(names),
+            log: Mutex::new(log),
+            dialer: Dialer::new(),
+            open: Mutex::default(),
+            queries: Arc::new(Semaphore::new(QUERIES)),
+            new_names: Mutex::new((Instant::now(), 0)),
+        });
+        shared.note_policy("the network began");
+        let tasks = [
+            tokio::spawn(accept(Arc::clone(&shared), listener)).abort_handle(),
+            tokio::spawn(queries.serve(Arc::clone(&shared))).abort_handle(),
+            tokio::spawn(write_counts(Arc::clone(&shared))).abort_handle(),
+        ];
+        Ok(Self { shared, tasks })
+    }
+
+    /// What the guest may reach now.
+    pub fn policy(&self) -> Arc<Policy> {
+        self.shared.policy()
+    }
+
+    /// Has the guest reach what another policy allows. Open connections that it does not allow are reset.
+    pub fn set_policy(&self, policy: Policy) -> Changed {
+        let policy = Arc::new(policy);
+        let old_digest = self.shared.policy().digest();
+        *self.shared.policy.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&policy);
+        self.shared.note_policy(&format!("it was {old_digest}"));
+        let closed_connections = self.shared.close(|destination| !destination.decide(&policy).allowed);
+        Changed { old_digest, new_digest: policy.digest(), closed_connections }
+    }
+
+    /// Counts of what the guest did.
+    pub fn counts(&self) -> Counts {
+        self.shared.log().counts()
+    }
+
+    /// A point in the sequence of denials, for [`Network::denials_since`].
+    pub fn mark(&self) -> u64 {
+        self.shared.log().mark()
+    }
+
+    /// What was denied since then, as far as it is remembered.
+    pub fn denials_since(&self, mark: u64) -> Vec<Denial> {
+        self.shared.log().denials_since(mark)
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+        self.shared.close(|_| true);
+        self.shared.log().finish();
+    }
+}
+
+impl Shared {
+    pub(crate) fn policy(&self) -> Arc<Policy> {
+        Arc::clone(&self.policy.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn names(&self) -> MutexGuard<'_, Names> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes an entry down.
+    pub(crate) fn record(&self, entry: Entry) {
+        self.log().record(entry, Instant::now());
+    }
+
+    fn note_policy(&self, why: &str) {
+        let policy = self.policy();
+        let why = format!("policy {} ({}): {why}", policy.digest(), policy.mode().as_str());
+        self.record(Entry { why: Some(why), ..Entry::now(Kind::Policy) });
+    }
+
+    /// The right to answer a query; none where too many are being answered.
+    pub(crate) fn query_permit(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.queries).try_acquire_owned().ok()
+    }
+
+    /// Whether one more name may come into the table now.
+    pub(crate) fn may_add_name(&self) -> bool {
+        let mut count = self.new_names.lock().unwrap_or_else(PoisonError::into_inner);
+        if count.0.elapsed() > NAMES_PERIOD {
+            *count = (Instant::now(), 0);
+        }
+        count.1 += 1;
+        count.1 <= NEW_NAMES
+    }
+
+    /// Ends open connections, and counts them.
+    fn close(&self, which: impl Fn(&Destination) -> bool) -> usize {
+        let mut open = self.open();
+        let ended: Vec<u64> =
+            open.connections.iter().filter(|(_, (to, _))| which(to)).map(|(number, _)| *number).collect();
+        for number in &ended {
+            if let Some((_, end)) = open.connections.remove(number) {
+                // One that has just ended by itself does not hear it.
+                _ = end.send(());
+            }
+        }
+        ended.len()
+    }
+
+    /// Puts a connection on the list of those that can be ended.
+    fn enlist(&self, destination: Destination) -> (u64, oneshot::Receiver<()>) {
+        let (end, ended) = oneshot::channel();
+        let mut open = self.open();
+        open.next += 1;
+        let number = open.next;
+        open.connections.insert(number, (destination, end));
+        (number, ended)
+    }
+}
+
+/// Accepts connections for ever. They end when this ends.
+async fn accept(shared: Arc<Shared>, listener: TcpListener) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((guest, _)) if connections.len() < CONNECTIONS => {
+                    connections.spawn(one(Arc::clone(&shared), guest));
+                }
+                Ok((guest, _)) => reset(&guest),
+                // The guest has gone, or there are no descriptors.
+                Err(_) => tokio::time::sleep(NO_DESCRIPTORS).await,
+            },
+            Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
+async fn one(shared: Arc<Shared>, guest: TcpStream) {
+    let destination =
+        guest.local_addr().ok().and_then(|dialled| Destination::of(&shared, &shared.policy(), dialled));
+    match destination {
+        Some(destination) => {
+            // Before the decision, so that a policy that changes in this moment ends it.
+            let (number, revoked) = shared.enlist(destination);
+            connect::serve(Arc::clone(&shared), guest, revoked).await;
+            shared.open().connections.remove(&number);
+        }
+        None => {
+            let (_never, revoked) = oneshot::channel();
+            connect::serve(shared, guest, revoked).await;
+        }
+    }
+}
+
+/// Writes what was counted and not yet written.
+async fn write_counts(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(LOG_PERIOD).await;
+        shared.log().flush(Instant::now());
+    }
+}
