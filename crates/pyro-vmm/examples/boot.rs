@@ -37,6 +37,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         memory_mib: 512,
         kernel_args: Vec::new(),
         savable: false,
+        nic: None,
     };
     for _ in 0..count {
         boot(&qemu, &spec).await?;

@@ -31,7 +31,8 @@ pub use machine::{Machine, MachineEnd, MachineExit};
 pub use qemu::qmp;
 pub use qemu::{Accel, Qemu, QemuConfig};
 pub use spec::{
-    BackendKind, Capabilities, Channel, DiskCache, Fingerprint, Isolation, MachineSpec, Snapshot, VSOCK_PORT,
+    BackendKind, Capabilities, Channel, DiskCache, Fingerprint, Isolation, MachineSpec, Nic, Snapshot, Tap,
+    TapBy, VSOCK_PORT,
 };
 
 /// One way to run a microVM: a VMM program with its settings.

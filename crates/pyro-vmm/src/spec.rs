@@ -1,7 +1,9 @@
 //! What a machine is to be, and what a VMM can give.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::LaunchError;
 
@@ -98,6 +100,49 @@ pub struct Capabilities {
     pub max_vcpus: u8,
     /// How host and guest talk.
     pub channel: Channel,
+    /// How the VMM takes the tap of a guest's network.
+    pub tap_by: TapBy,
+}
+
+/// How a VMM takes a tap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TapBy {
+    /// As an open descriptor.
+    Descriptor,
+    /// By its name, in the network namespace that it is in.
+    Name,
+}
+
+/// A network device of the guest.
+#[derive(Debug, Clone)]
+pub struct Nic {
+    /// The address of the guest's end. A restored guest has the one that it was saved with.
+    pub mac: [u8; 6],
+    /// The host's end.
+    pub tap: Tap,
+}
+
+/// The host's end of a guest's network device.
+#[derive(Debug, Clone)]
+pub enum Tap {
+    /// An open tap, for a VMM that takes it by [`TapBy::Descriptor`].
+    Descriptor(Arc<OwnedFd>),
+    /// A persistent tap that nobody has open, for a VMM that takes it by [`TapBy::Name`].
+    Name {
+        /// Its name.
+        name: &'static str,
+        /// The network namespace that it is in.
+        net: Arc<OwnedFd>,
+        /// The user namespace that owns the network namespace, where that is not the host's.
+        user: Option<Arc<OwnedFd>>,
+    },
+}
+
+impl Nic {
+    /// The MAC address as text.
+    pub(crate) fn mac_text(&self) -> String {
+        self.mac.map(|byte| format!("{byte:02x}")).join(":")
+    }
 }
 
 /// A saved machine: two files that belong together. A copy of its overlay disk as of that moment belongs to them.
@@ -133,7 +178,7 @@ pub enum DiskCache {
 /// A machine that is about to be launched.
 ///
 /// Relative paths are relative to `dir`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct MachineSpec {
     /// The machine's own private directory: the working directory of the VMM.
     pub dir: PathBuf,
@@ -155,6 +200,8 @@ pub struct MachineSpec {
     pub kernel_args: Vec<String>,
     /// Whether it is going to be saved: what that takes may have to be there from the start.
     pub savable: bool,
+    /// The network device; none: the guest has no network.
+    pub nic: Option<Nic>,
 }
 
 impl MachineSpec {
@@ -172,6 +219,13 @@ impl MachineSpec {
         }
         for path in [&self.kernel, &self.initramfs, &self.rootfs, &self.overlay] {
             self.validate_file(path)?;
+        }
+        let tap_by = self.nic.as_ref().map(|nic| match nic.tap {
+            Tap::Descriptor(_) => TapBy::Descriptor,
+            Tap::Name { .. } => TapBy::Name,
+        });
+        if tap_by.is_some_and(|tap_by| tap_by != capabilities.tap_by) {
+            return bad(format!("this VMM takes a tap by {:?}", capabilities.tap_by));
         }
         for arg in &self.kernel_args {
             // The kernel splits at white space and knows quotes; an argument must stay one argument.
@@ -226,6 +280,7 @@ mod tests {
             memory_mib: 512,
             kernel_args: vec!["quiet".to_owned()],
             savable: false,
+            nic: None,
         };
         let capabilities = Capabilities {
             isolation: Isolation::QemuTcg,
@@ -233,6 +288,7 @@ mod tests {
             snapshot: false,
             max_vcpus: 4,
             channel: Channel::Serial,
+            tap_by: TapBy::Descriptor,
         };
         good.validate(capabilities).expect("a good spec");
         let bad = [

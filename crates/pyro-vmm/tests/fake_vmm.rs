@@ -55,6 +55,7 @@ impl Fake {
             memory_mib: 128,
             kernel_args: Vec::new(),
             savable: false,
+            nic: None,
         }
     }
 

@@ -59,6 +59,7 @@ impl Bench {
             memory_mib: 256,
             kernel_args: Vec::new(),
             savable: false,
+            nic: None,
         };
         Some(Self { dir, qemu: Qemu::new(config), spec })
     }

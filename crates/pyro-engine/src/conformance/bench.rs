@@ -78,6 +78,7 @@ impl Bench {
             memory_mib: 160,
             kernel_args: Vec::new(),
             savable: false,
+            nic: None,
         }
     }
 
@@ -105,7 +106,15 @@ impl Bench {
         let guest = met.unwrap_or_else(|error| panic!("{error}: {}", machine.console_tail()));
         let isolation = self.driver.capabilities().isolation;
         let (restored, cold_reason) = (false, None);
-        let running = Running { machine, guest, execution_mode: "guest", isolation, restored, cold_reason };
+        let running = Running {
+            machine,
+            guest,
+            execution_mode: "guest",
+            isolation,
+            restored,
+            cold_reason,
+            network: None,
+        };
         Guest { running: Arc::new(running), dir }
     }
 }

@@ -5,20 +5,25 @@ mod cgroup;
 mod observed;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use pyro_process::{Bind, Jail, Namespaces, Resource};
+use rustix::fs::{CWD, FileType, Mode};
 
 use self::cgroup::{Group, Limits};
 pub use self::cgroup::{control_group_of, remove_control_group};
 pub(crate) use self::observed::{CORE_MAX, FILES_MAX};
 pub use self::observed::{Confinement, Element};
 use crate::LaunchError;
+use crate::spec::{MachineSpec, Nic, Tap};
 
 /// Below a machine's directory: where the jail's root is mounted, in the VMM's own mount namespace.
 const JAIL: &str = "jail";
+/// Where taps come from.
+pub(crate) const TUN: &str = "/dev/net/tun";
 /// Below [`JAIL`]: the directory that a VMM may write to, where it needs one.
 const RUN: &str = "run";
 /// The user of a machine is this and what its name comes to: far above what hosts give to people and containers.
@@ -75,12 +80,44 @@ pub(crate) struct Needs<'a> {
     pub(crate) files: Vec<(PathBuf, PathBuf, Bind)>,
     /// Devices, under their own paths.
     pub(crate) devices: Vec<&'static str>,
+    /// The network namespace that it enters in place of an empty one.
+    pub(crate) network: Option<Network>,
     /// Whether it makes files that the host uses: sockets. They are below `/run`.
     pub(crate) makes_files: bool,
     /// Guest memory.
     pub(crate) memory_mib: u32,
     /// Virtual processors.
     pub(crate) vcpus: u8,
+}
+
+/// A network namespace with a tap in it, and the user namespace that it belongs to where that is not the host's.
+#[derive(Debug)]
+pub(crate) struct Network {
+    net: OwnedFd,
+    user: Option<OwnedFd>,
+}
+
+impl Network {
+    /// That of a machine, where its VMM takes the tap by name.
+    ///
+    /// # Errors
+    /// When there are no more descriptors.
+    pub(crate) fn of(spec: &MachineSpec) -> io::Result<Option<Self>> {
+        let Some(Nic { tap: Tap::Name { net, user, .. }, .. }) = &spec.nic else { return Ok(None) };
+        let user = user.as_ref().map(|user| user.try_clone()).transpose()?;
+        Ok(Some(Self { net: net.try_clone()?, user }))
+    }
+
+    /// Has a jail enter it; the kinds of namespace that it has no need to make then.
+    pub(crate) fn join(self, jail: &mut Jail) -> Namespaces {
+        let mut joined = Namespaces::NEWNET;
+        if let Some(user) = self.user {
+            joined |= Namespaces::NEWUSER;
+            jail.join(user, Namespaces::NEWUSER);
+        }
+        jail.join(self.net, Namespaces::NEWNET);
+        joined
+    }
 }
 
 /// What a VMM must be found to be confined by.
@@ -155,7 +192,7 @@ impl Expected {
 ///
 /// # Errors
 /// When the machine's directory cannot be written, or the host refuses a control group.
-pub(crate) fn jail(confine: &Confine, needs: &Needs<'_>) -> io::Result<(Jail, Place)> {
+pub(crate) fn jail(confine: &Confine, needs: Needs<'_>) -> io::Result<(Jail, Place)> {
     // An earlier start has left it, if it is there: its process is dead, as the directory's lock is ours.
     forget_soon(needs.dir)?;
     let base = needs.dir.join(JAIL);
@@ -186,10 +223,14 @@ pub(crate) fn jail(confine: &Confine, needs: &Needs<'_>) -> io::Result<(Jail, Pl
     let mut groups = Vec::new();
     for device in &needs.devices {
         let device = Path::new(device);
-        if user.is_some() {
-            groups.extend(group_of_device(device)?);
+        let mut source = device.to_owned();
+        if let Some(user) = user {
+            match own_device(device, &place.base, user)? {
+                Some(own) => source = own,
+                None => groups.extend(group_of_device(device)?),
+            }
         }
-        jail.bind(device, device, Bind::Write);
+        jail.bind(&source, device, Bind::Write);
     }
     if needs.makes_files {
         let run = place.base.join(RUN);
@@ -199,17 +240,17 @@ pub(crate) fn jail(confine: &Confine, needs: &Needs<'_>) -> io::Result<(Jail, Pl
         }
         jail.bind(&run, Path::new(RUN), Bind::Write);
     }
-    jail.namespaces(namespaces(confine));
+    let mut made = namespaces(confine);
     match user {
-        Some(user) => jail.user(user, &groups),
-        None => jail.namespaces(Namespaces::NEWUSER),
-    };
+        Some(user) => _ = jail.user(user, &groups),
+        None => made |= Namespaces::NEWUSER,
+    }
     if confine.gives(Element::NoCapabilities) {
         jail.drop_privileges().landlock();
     }
     if confine.gives(Element::Limits) {
         jail.limit(Resource::Nofile, FILES_MAX).limit(Resource::Core, CORE_MAX);
-        jail.limit(Resource::Fsize, longest(needs));
+        jail.limit(Resource::Fsize, longest(&needs));
     }
     if confine.gives(Element::Cgroup)
         && let Some(group) = control_group_of(needs.dir)
@@ -217,6 +258,10 @@ pub(crate) fn jail(confine: &Confine, needs: &Needs<'_>) -> io::Result<(Jail, Pl
         let group = place.group.insert(Group::make(group, &Limits::of(needs.memory_mib, needs.vcpus))?);
         jail.control_group(group.path());
     }
+    if let Some(network) = needs.network {
+        made = made.difference(network.join(&mut jail));
+    }
+    jail.namespaces(made);
     Ok((jail, place))
 }
 
@@ -228,8 +273,9 @@ pub(crate) fn probe(confine: &Confine, dir: &Path) -> Result<(), LaunchError> {
     }
     let refused = |source| LaunchError::of_spawn(confine, PROGRAM.into(), source);
     let (programs, files, devices) = (Vec::new(), Vec::new(), Vec::new());
-    let needs = Needs { dir, programs, files, devices, makes_files: false, memory_mib: 0, vcpus: 1 };
-    let (jail, _place) = jail(confine, &needs).map_err(refused)?;
+    let needs =
+        Needs { dir, programs, files, devices, network: None, makes_files: false, memory_mib: 0, vcpus: 1 };
+    let (jail, _place) = jail(confine, needs).map_err(refused)?;
     let mut spawn = pyro_process::Spawn::new(PROGRAM, dir);
     spawn.jail(jail);
     match spawn.spawn() {
@@ -296,6 +342,20 @@ fn as_root() -> bool {
     *AS_ROOT.get_or_init(|| {
         rustix::process::geteuid().is_root() && covers("/proc/self/uid_map") && covers("/proc/self/gid_map")
     })
+}
+
+/// A device of the host that only root can use although it gives no power over the host, as the tap device where nothing
+/// has opened it to all: made again below `base`, for this user alone. None where the device is another, or all can use it.
+fn own_device(device: &Path, base: &Path, user: u32) -> io::Result<Option<PathBuf>> {
+    let found = fs_err::metadata(device)?;
+    if device != Path::new(TUN) || found.mode() & 0o006 == 0o006 {
+        return Ok(None);
+    }
+    let own = base.join("tun");
+    let mode = Mode::from_raw_mode(0o600);
+    rustix::fs::mknodat(CWD, &own, FileType::CharacterDevice, mode, found.rdev())?;
+    lchown(&own, Some(user), Some(user))?;
+    Ok(Some(own))
 }
 
 /// The group that may use a device, as whoever is neither its owner nor in that group; none where all users may.

@@ -85,6 +85,21 @@ impl Call for Vsock {
     const NAME: &'static str = "/vsock";
 }
 
+/// A network device, on a tap of the VMM's namespace.
+#[derive(Debug, Serialize)]
+pub(super) struct NetworkInterface {
+    pub(super) iface_id: &'static str,
+    pub(super) host_dev_name: &'static str,
+    pub(super) guest_mac: String,
+}
+
+impl Call for NetworkInterface {
+    const NAME: &'static str = "/network-interfaces";
+    fn path(&self) -> String {
+        format!("{}/{}", Self::NAME, self.iface_id)
+    }
+}
+
 /// Something to do.
 #[derive(Debug, Serialize)]
 pub(super) struct InstanceActionInfo {
@@ -259,6 +274,8 @@ mod tests {
         check(&drive("Writeback"), "/{drive_id}");
         assert_eq!(drive("Unsafe").path(), "/drives/d");
         check(&Vsock { guest_cid: 3, uds_path: "v" }, "");
+        let nic = NetworkInterface { iface_id: "n", host_dev_name: "tap0", guest_mac: text() };
+        check(&nic, "/{iface_id}");
         check(&InstanceActionInfo { action_type: "InstanceStart" }, "");
         check(&Vm { state: "Paused" }, "");
         check(&Vm { state: "Resumed" }, "");

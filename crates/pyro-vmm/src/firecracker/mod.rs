@@ -13,13 +13,13 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pyro_process::{Bind, Spawn};
+use pyro_process::{Bind, Jail, Spawn};
 use rustix::fs::{CWD, FileType, Mode};
 use tokio::net::UnixStream;
 
 use self::api::{
-    Api, BootSource, Drive, InstanceActionInfo, MachineConfiguration, MemoryBackend, SnapshotCreateParams,
-    SnapshotLoadParams, Vm, Vsock,
+    Api, BootSource, Drive, InstanceActionInfo, MachineConfiguration, MemoryBackend, NetworkInterface,
+    SnapshotCreateParams, SnapshotLoadParams, Vm, Vsock,
 };
 use self::short::ShortPath;
 use crate::Vmm;
@@ -31,7 +31,8 @@ use crate::kernel_args;
 use crate::machine::Machine;
 use crate::process::{OOM_SCORE_ADJ, Streams, VmmProcess};
 use crate::spec::{
-    BackendKind, Capabilities, Channel, DiskCache, Fingerprint, Isolation, MachineSpec, Snapshot, VSOCK_PORT,
+    BackendKind, Capabilities, Channel, DiskCache, Fingerprint, Isolation, MachineSpec, Snapshot, Tap, TapBy,
+    VSOCK_PORT,
 };
 
 /// How long Firecracker may take to make its API's socket: 30 ms on a quiet host.
@@ -162,6 +163,7 @@ impl Vmm for Firecracker {
             snapshot: true,
             max_vcpus: MAX_VCPUS,
             channel: Channel::Vsock,
+            tap_by: TapBy::Name,
         }
     }
 
@@ -170,7 +172,9 @@ impl Vmm for Firecracker {
             [program_identity(&self.config.binary), kernel_command_line(spec), cpu_identity()];
         // What the disk promises of its cache is written into the saved machine.
         let cache = cache_type(spec.overlay_cache);
-        let machine = format!("firecracker {} {binary} {cache} {kernel} {processor}", self.config.version);
+        let nic = if spec.nic.is_some() { " nic" } else { "" };
+        let machine =
+            format!("firecracker {} {binary} {cache} {kernel} {processor}{nic}", self.config.version);
         Fingerprint { machine, tsc_khz: None }
     }
 
@@ -191,12 +195,19 @@ fn start(config: &FirecrackerConfig, spec: &MachineSpec, from: Option<&Snapshot>
             confine::make_empty(&spec.dir.join(file))?;
         }
     }
-    let needs = needs(config, spec, from);
+    let needs = needs(config, spec, from)?;
     let (mut spawn, place) = if config.confine == Confine::Nothing {
         let place = confine::unconfined(&needs)?;
-        (Spawn::new(&config.binary, place.base()), place)
+        let mut spawn = Spawn::new(&config.binary, place.base());
+        if let Some(network) = needs.network {
+            // It is kept apart from nothing, but its tap is in this namespace.
+            let mut jail = Jail::new(place.base());
+            network.join(&mut jail);
+            spawn.jail(jail);
+        }
+        (spawn, place)
     } else {
-        let (jail, place) = confine::jail(&config.confine, &needs)?;
+        let (jail, place) = confine::jail(&config.confine, needs)?;
         let mut spawn = Spawn::new(Path::new("/").join(PROGRAM), &spec.dir);
         spawn.jail(jail);
         (spawn, place)
@@ -221,7 +232,11 @@ fn start(config: &FirecrackerConfig, spec: &MachineSpec, from: Option<&Snapshot>
     Ok(Started { process, sockets, expected: Expected::of(&config.confine) })
 }
 
-fn needs<'a>(config: &FirecrackerConfig, spec: &'a MachineSpec, from: Option<&Snapshot>) -> Needs<'a> {
+fn needs<'a>(
+    config: &FirecrackerConfig,
+    spec: &'a MachineSpec,
+    from: Option<&Snapshot>,
+) -> io::Result<Needs<'a>> {
     let mut files = Vec::new();
     let mut show = |source: &Path, name: &str, bind| files.push((source.to_owned(), name.into(), bind));
     show(&spec.rootfs, ROOTFS, Bind::Read);
@@ -240,15 +255,20 @@ fn needs<'a>(config: &FirecrackerConfig, spec: &'a MachineSpec, from: Option<&Sn
             }
         }
     }
-    Needs {
+    let mut devices = vec!["/dev/kvm"];
+    if spec.nic.is_some() {
+        devices.push(confine::TUN);
+    }
+    Ok(Needs {
         dir: &spec.dir,
         programs: vec![(config.binary.clone(), PROGRAM.into()), (RANDOM.into(), RANDOM.into())],
         files,
-        devices: vec!["/dev/kvm"],
+        devices,
+        network: confine::Network::of(spec)?,
         makes_files: true,
         memory_mib: spec.memory_mib,
         vcpus: spec.vcpus,
-    }
+    })
 }
 
 /// Makes the pipe into which Firecracker writes its own words, apart from the guest's; its reading end. It is opened for
@@ -280,6 +300,12 @@ async fn configure(sockets: &Sockets, spec: &MachineSpec, restore: bool) -> Resu
             api.call(&drive).await?;
         }
         api.call(&Vsock { guest_cid: GUEST_CID, uds_path: VSOCK }).await?;
+        if let Some(nic) = &spec.nic
+            && let Tap::Name { name, .. } = nic.tap
+        {
+            let guest_mac = nic.mac_text();
+            api.call(&NetworkInterface { iface_id: "eth0", host_dev_name: name, guest_mac }).await?;
+        }
         api.call(&InstanceActionInfo { action_type: "InstanceStart" }).await
     };
     match tokio::time::timeout(START_DEADLINE, started).await {

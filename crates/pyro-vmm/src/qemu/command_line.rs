@@ -14,6 +14,8 @@ use crate::spec::{DiskCache, MachineSpec, Snapshot};
 pub(super) const CHANNEL_FD: RawFd = 3;
 pub(super) const CONTROL_FD: RawFd = 4;
 pub(super) const CONSOLE_FD: RawFd = 5;
+/// The number under which it gets the tap.
+pub(super) const TAP_FD: RawFd = 6;
 
 /// Where the jail shows the guest's memory: its own, and a template's (`preload/open.rs` has the same name).
 pub(super) const JAILED_MEMORY: &str = "/memory";
@@ -159,6 +161,10 @@ pub(super) fn arguments(config: &QemuConfig, spec: &MachineSpec, paths: &Paths) 
 
     args.disk("rootfs", &root_disk(&paths.rootfs));
     args.disk("overlay", &overlay_disk(&paths.overlay, spec.overlay_cache));
+    if let Some(nic) = &spec.nic {
+        args.option("-netdev", format!("tap,id=net,fd={TAP_FD}"));
+        args.option("-device", format!("virtio-net-device,netdev=net,mac={}", nic.mac_text()));
+    }
     args.0
 }
 
@@ -255,7 +261,8 @@ pub(super) fn fingerprint(config: &QemuConfig, spec: &MachineSpec) -> String {
         Accel::Tcg { .. } => Accel::Tcg { tsc_khz: None },
     };
     let kernel = kernel_command_line(accel, spec);
-    format!("{MACHINE} {FIRMWARE} {} {} {kernel}", accelerator(accel, spec.vcpus), cpu(accel))
+    let nic = if spec.nic.is_some() { " nic" } else { "" };
+    format!("{MACHINE} {FIRMWARE} {} {} {kernel}{nic}", accelerator(accel, spec.vcpus), cpu(accel))
 }
 
 fn cpu(accel: Accel) -> &'static str {
@@ -272,8 +279,11 @@ fn name(dir: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::Confine;
+    use crate::spec::{Nic, Tap};
 
     fn spec() -> MachineSpec {
         MachineSpec {
@@ -287,6 +297,7 @@ mod tests {
             memory_mib: 512,
             kernel_args: vec!["pyro.task=k3v9".to_owned()],
             savable: false,
+            nic: None,
         }
     }
 
@@ -356,6 +367,18 @@ mod tests {
         assert!(line.contains("tb-size=128,thread=multi") && line.contains("-smp 2"), "{line}");
         assert!(line.contains(r#""no-flush":false"#), "{line}");
         assert!(!line.contains("-sandbox") && !line.contains("tsc_early_khz"), "{line}");
+    }
+
+    #[test]
+    fn a_guest_with_a_network_has_a_device_on_a_tap_that_is_handed_over() {
+        let tap = std::fs::File::open("/dev/null").expect("opened").into();
+        let nic = Nic { mac: [2, 0x70, 0x79, 0x72, 0x6f, 2], tap: Tap::Descriptor(Arc::new(tap)) };
+        let (config, without) = (config(Accel::Kvm), spec());
+        let with = MachineSpec { nic: Some(nic), ..without.clone() };
+        let line = line(&config, &with);
+        let end = "-netdev tap,id=net,fd=6\n-device virtio-net-device,netdev=net,mac=02:70:79:72:6f:02";
+        assert!(line.ends_with(end), "{line}");
+        assert_ne!(fingerprint(&config, &with), fingerprint(&config, &without));
     }
 
     #[test]

@@ -31,7 +31,9 @@ use crate::host::{
 use crate::machine::Machine;
 use crate::process::{OOM_SCORE_ADJ, Streams, VmmProcess};
 use crate::qmp::Qmp;
-use crate::spec::{BackendKind, Capabilities, Channel, Fingerprint, Isolation, MachineSpec, Snapshot};
+use crate::spec::{
+    BackendKind, Capabilities, Channel, Fingerprint, Isolation, MachineSpec, Nic, Snapshot, Tap, TapBy,
+};
 
 /// How long QEMU may take to accept its command line: 40 ms on a quiet host, seconds on a swamped one.
 const ACCEPT_DEADLINE: Duration = Duration::from_secs(30);
@@ -165,7 +167,8 @@ impl Vmm for Qemu {
             Accel::Tcg { .. } => Isolation::QemuTcg,
         };
         let channel = Channel::Serial;
-        Capabilities { isolation, pause: true, snapshot: true, max_vcpus: MAX_VCPUS, channel }
+        let (max_vcpus, tap_by) = (MAX_VCPUS, TapBy::Descriptor);
+        Capabilities { isolation, pause: true, snapshot: true, max_vcpus, channel, tap_by }
     }
 
     fn fingerprint(&self, spec: &MachineSpec) -> Fingerprint {
@@ -266,6 +269,9 @@ fn start(config: &QemuConfig, spec: &MachineSpec, from: Option<&Snapshot>) -> io
         .fd(qemu_channel.into(), command_line::CHANNEL_FD)
         .fd(qemu_control.into(), command_line::CONTROL_FD)
         .fd(qemu_console.into(), command_line::CONSOLE_FD);
+    if let Some(Nic { tap: Tap::Descriptor(tap), .. }) = &spec.nic {
+        spawn.fd(tap.try_clone()?, command_line::TAP_FD);
+    }
     let child = spawn.spawn()?;
 
     let streams = Streams { console: OwnedFd::from(console), stderr, log: None };
@@ -312,11 +318,12 @@ fn jailed(
         programs,
         files: shown,
         devices: if config.accel == Accel::Kvm { vec![NULL, "/dev/kvm"] } else { vec![NULL] },
+        network: None,
         makes_files: false,
         memory_mib: spec.memory_mib,
         vcpus: spec.vcpus,
     };
-    let (jail, place) = confine::jail(&config.confine, &needs)?;
+    let (jail, place) = confine::jail(&config.confine, needs)?;
     // The program itself is shown under the path that links led to.
     let program = fs_err::canonicalize(&config.binary)?;
     let mut spawn = Spawn::new(program, &spec.dir);
