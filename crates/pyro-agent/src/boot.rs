@@ -15,6 +15,7 @@ use rustix::thread::UnshareFlags;
 
 use crate::cgroup::GuestCgroup;
 use crate::channel::Channel;
+use crate::network;
 
 /// Where the writable disk is mounted, in the agent's own namespace.
 pub(crate) const DISK: &str = "/upper";
@@ -73,13 +74,17 @@ pub(crate) fn boot() -> Result<Guest, BootError> {
     if matches!(channel, Channel::Vsock { .. }) {
         load_modules("order.vsock")?;
     }
-    mount_root()?;
+    let has_nic = network::has_nic();
+    if has_nic {
+        load_modules("order.network")?;
+    }
+    mount_root(has_nic)?;
     let cgroup = GuestCgroup::new().phase("cgroup", "/cgroup")?;
     let (cgroup_namespace, namespace) =
         GuestCgroup::namespace(guest_namespace).phase("cgroup", "namespace")?;
     let namespace = namespace?;
     let null = File::options().read(true).write(true).open("/dev/null").phase("init", "/dev/null")?;
-    raise_loopback();
+    network::raise(has_nic).phase("network", "eth0")?;
     raise_file_limit();
     let root_micros = uptime_micros();
     Ok(Guest { namespace, cgroup_namespace, null, cgroup, channel, init_micros, root_micros })
@@ -99,7 +104,7 @@ fn load_modules(list: &str) -> Result<(), BootError> {
 }
 
 /// The read-only image below, the private disk above.
-fn mount_root() -> Result<(), BootError> {
+fn mount_root(has_nic: bool) -> Result<(), BootError> {
     // Which virtio disk comes first is the VMM's affair: the image is the one that mounts as EROFS.
     let mut disk = "/dev/vdb";
     if let Err(first) = attach("/dev/vda", "/base", "erofs", MountFlags::RDONLY, "") {
@@ -116,6 +121,10 @@ fn mount_root() -> Result<(), BootError> {
     }
     if is_new {
         prepare_identity();
+    }
+    if has_nic {
+        // Before the overlay, which finds it there; afterwards it is the guest's to change.
+        network::name_the_resolver(&format!("{DISK}/upper/etc")).phase("network", "resolv.conf")?;
     }
     let layers = format!("lowerdir=/base,upperdir={DISK}/upper,workdir={DISK}/work");
     attach("overlay", ROOT, "overlay", MountFlags::NOATIME, &layers).phase("root", "the overlay")
@@ -210,24 +219,6 @@ fn raise_file_limit() {
     let limit = Rlimit { current: Some(MOST_FILES), maximum: Some(MOST_FILES) };
     // Without it, fewer commands run at the same time.
     _ = setrlimit(Resource::Nofile, limit);
-}
-
-/// Sets 127.0.0.1 up; a guest without it still runs commands.
-#[expect(unsafe_code, reason = "rustix has no call for interface flags")]
-fn raise_loopback() {
-    let Ok(socket) =
-        rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)
-    else {
-        return;
-    };
-    // SAFETY: all-zero is a valid ifreq; the call reads the name and the flags of it.
-    unsafe {
-        let mut request: libc::ifreq = std::mem::zeroed();
-        request.ifr_name[0] = b'l'.cast_signed();
-        request.ifr_name[1] = b'o'.cast_signed();
-        request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_UP | libc::IFF_RUNNING).unwrap_or_default();
-        libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&socket), libc::SIOCSIFFLAGS, &request);
-    }
 }
 
 fn attach(source: &str, target: &str, kind: &str, flags: MountFlags, data: &str) -> Result<(), Errno> {

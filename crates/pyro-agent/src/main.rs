@@ -13,6 +13,7 @@ mod channel;
 mod exec;
 mod identity;
 mod launch;
+mod network;
 mod port;
 mod power;
 mod reaper;

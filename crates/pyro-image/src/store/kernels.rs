@@ -158,9 +158,8 @@ impl Store {
         let read = |name: &str| -> std::io::Result<ModuleFile> {
             Ok(ModuleFile { name: name.to_owned(), bytes: files::read_bounded(&directory.join(name), MOST)? })
         };
-        // No guest has a network: its modules stay out, because the kernel unpacks every byte in every boot.
         let mut modules = Vec::new();
-        for (list, _) in kernel::LISTS.iter().filter(|(list, _)| *list != kernel::NETWORK) {
+        for (list, _) in kernel::LISTS {
             let order = read(list)?;
             let names = String::from_utf8_lossy(&order.bytes).into_owned();
             for name in names.lines() {
