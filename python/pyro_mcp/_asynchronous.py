@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import AsyncIterator, List, Optional, Type, Union, cast
+from typing import AsyncIterator, List, Optional, Sequence, Type, Union, cast
 
 from ._core import Awaiting, OnOutput
-from ._requests import execution, machine, request
+from ._requests import execution, machine, networking, request
 from .types import (
     Cancelled,
     Command,
@@ -16,12 +16,15 @@ from .types import (
     ExecResult,
     Inspection,
     NetworkInfo,
+    NetworkLog,
+    NetworkPolicyText,
     Pruned,
     Pulled,
     Reaped,
     StreamEvent,
     TaskList,
     TaskLogs,
+    TaskNetwork,
     TaskRecord,
     VmRecord,
 )
@@ -93,6 +96,9 @@ class AsyncPyro(Awaiting):
         disk_mib: int = 8192,
         ttl_seconds: int = 600,
         network: bool = False,
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        network_policy: Union[str, NetworkPolicyText, None] = None,
         allow_host_compat: bool = False,
         require_isolation: Optional[str] = None,
         cold: bool = False,
@@ -105,7 +111,11 @@ class AsyncPyro(Awaiting):
             mem_mib: memory in MiB, 256 to 32768.
             disk_mib: size of the writable disk in MiB; only what is written takes room.
             ttl_seconds: its life in seconds, 60 to 3600.
-            network: whether the guest gets a network.
+            network: whether the guest may reach the public internet; never this host, its networks, or cloud metadata.
+            allow: hosts that it may reach: ``NAME[:PORTS]``, ``*.NAME[:PORTS]``, ``ADDRESS[/LENGTH][:PORTS]`` or
+                ``host.pyro.internal:PORT``.
+            deny: hosts that it may not reach, also where another rule allows them.
+            network_policy: further rules: a file, the name of one in ``~/.config/pyro/policies``, or what one would hold.
             allow_host_compat: whether commands may run on this host, without isolation, where no guest can be had.
             require_isolation: refuse less than ``firecracker-kvm``, ``qemu-kvm`` or ``qemu-tcg``.
             cold: boot it, also where a saved machine could be restored.
@@ -117,7 +127,8 @@ class AsyncPyro(Awaiting):
             IsolationUnavailableError: this host cannot isolate as strongly as was required.
         """
         vm = machine(
-            environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, network, allow_host_compat, require_isolation, cold
+            environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, networking(network, allow, deny, network_policy), allow_host_compat,
+            require_isolation, cold,
         )
         return cast(VmRecord, await self._call(request("create_vm", machine=vm)))
 
@@ -206,6 +217,9 @@ class AsyncPyro(Awaiting):
         disk_mib: int = 8192,
         ttl_seconds: int = 600,
         network: bool = False,
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        network_policy: Union[str, NetworkPolicyText, None] = None,
         allow_host_compat: bool = False,
         require_isolation: Optional[str] = None,
         cold: bool = False,
@@ -219,7 +233,8 @@ class AsyncPyro(Awaiting):
         Parameters, results and errors are those of :meth:`create_vm` and :meth:`exec_vm`.
         """
         vm = machine(
-            environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, network, allow_host_compat, require_isolation, cold
+            environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, networking(network, allow, deny, network_policy), allow_host_compat,
+            require_isolation, cold,
         )
         command_of = execution(command, timeout_seconds, cwd)
         return cast(ExecResult, await self._call(request("run_in_vm", machine=vm, exec=command_of), stdin, stream))
@@ -237,6 +252,9 @@ class AsyncPyro(Awaiting):
         disk_mib: int = 8192,
         ttl_seconds: int = 600,
         network: bool = False,
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        network_policy: Union[str, NetworkPolicyText, None] = None,
         allow_host_compat: bool = False,
         require_isolation: Optional[str] = None,
         cold: bool = False,
@@ -246,7 +264,8 @@ class AsyncPyro(Awaiting):
         Parameters and errors are those of :meth:`create_vm`; GuestUnavailableError when its guest does not start.
         """
         vm = machine(
-            environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, network, allow_host_compat, require_isolation, cold
+            environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, networking(network, allow, deny, network_policy), allow_host_compat,
+            require_isolation, cold,
         )
         return cast(TaskRecord, await self._call(request("create_task", machine=vm)))
 
@@ -351,6 +370,47 @@ class AsyncPyro(Awaiting):
             NotFoundError: there is none of this id.
         """
         return cast(TaskRecord, await self._call(request("stop_task", task_id=task_id)))
+
+    async def task_network(self, task_id: str) -> TaskNetwork:
+        """What the guest of a task may reach, and counts of what it did.
+
+        Raises:
+            NotFoundError: there is no such task.
+        """
+        return cast(TaskNetwork, await self._call(request("task_network", task_id=task_id)))
+
+    async def set_task_network(
+        self,
+        task_id: str,
+        *,
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        revoke: Sequence[str] = (),
+        open: Optional[bool] = None,
+    ) -> TaskNetwork:
+        """Changes what the guest of a task may reach, at once and for its later starts.
+
+        Args:
+            allow: rules to add to those that allow.
+            deny: rules to add to those that deny.
+            revoke: rules to remove; open connections that no other rule allows are reset.
+            open: allow the public internet, or allow it no more; by default it stays as it is.
+
+        Raises:
+            InvalidValueError: a rule cannot be understood, or one to revoke is not there.
+            NotFoundError: there is no such task.
+            WrongStateError: the task was made without a network.
+        """
+        change = {"allow": list(allow), "deny": list(deny), "revoke": list(revoke), "open": open}
+        return cast(TaskNetwork, await self._call(request("set_task_network", task_id=task_id, change=change)))
+
+    async def network_log(self, task_id: str, *, offset: int = 0) -> NetworkLog:
+        """What the guest of a task did on its network, from this offset on; ``next_offset`` is where to read on.
+
+        Raises:
+            NotFoundError: there is no such task.
+        """
+        return cast(NetworkLog, await self._call(request("network_log", task_id=task_id, offset=offset)))
 
     async def delete_task(self, task_id: str, *, force: bool = False) -> DeletedTask:
         """Ends a task and removes every trace of it. Running commands are ended first.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
-from .types import Command
+from .types import Command, NetworkPolicyText
 
 
 def request(method: str, **arguments: Any) -> str:
@@ -19,7 +19,7 @@ def machine(
     mem_mib: int,
     disk_mib: int,
     ttl_seconds: int,
-    network: bool,
+    network: Dict[str, Any],
     allow_host_compat: bool,
     require_isolation: Optional[str],
     cold: bool,
@@ -36,6 +36,19 @@ def machine(
         "require_isolation": require_isolation,
         "cold": cold,
     }
+
+
+def networking(
+    network: bool,
+    allow: Sequence[str],
+    deny: Sequence[str],
+    network_policy: Union[str, NetworkPolicyText, None],
+) -> Dict[str, Any]:
+    """What a guest may reach. A single string in the place of a list would become a list of letters."""
+    for name, rules in (("allow", allow), ("deny", deny)):
+        if isinstance(rules, str):
+            raise TypeError(f"{name} must be a list of rules, not a string")
+    return {"network": network, "allow": list(allow), "deny": list(deny), "network_policy": network_policy}
 
 
 def execution(command: Command, timeout_seconds: float, cwd: str) -> Dict[str, Any]:

@@ -5,7 +5,7 @@ Times are seconds since the epoch, durations milliseconds, sizes bytes.
 
 from __future__ import annotations
 
-from typing import Dict, List, Literal, Optional, TypedDict, Union
+from typing import Any, Dict, List, Literal, Optional, TypedDict, Union
 
 __all__ = [
     "Cancelled",
@@ -20,7 +20,11 @@ __all__ = [
     "Inspection",
     "JournalEntry",
     "LastCommand",
+    "NetworkCounts",
     "NetworkInfo",
+    "NetworkLog",
+    "NetworkPolicy",
+    "NetworkPolicyText",
     "OutputEvent",
     "Pruned",
     "Pulled",
@@ -30,6 +34,7 @@ __all__ = [
     "StreamEvent",
     "TaskList",
     "TaskLogs",
+    "TaskNetwork",
     "TaskRecord",
     "Timings",
     "VmRecord",
@@ -45,6 +50,24 @@ Fault = Literal[
 Status = Literal["running", "finished", "timed_out", "interrupted"]
 
 
+class NetworkPolicyText(TypedDict, total=False):
+    """What a file of a network policy holds."""
+
+    include: List[str]
+    open: bool
+    allow: List[str]
+    deny: List[str]
+
+
+class NetworkPolicy(TypedDict):
+    """What a guest may reach."""
+
+    mode: Literal["none", "deny", "allow", "open"]
+    allow: List[str]
+    deny: List[str]
+    digest: str
+
+
 class VmRecord(TypedDict):
     """A machine."""
 
@@ -58,6 +81,7 @@ class VmRecord(TypedDict):
     expires_at: float
     state: State
     network_enabled: bool
+    network_policy: NetworkPolicy
     allow_host_compat: bool
     guest_ip: Optional[str]
     tap_name: Optional[str]
@@ -94,6 +118,7 @@ class TaskRecord(TypedDict):
     expires_at: float
     state: State
     network_enabled: bool
+    network_policy: NetworkPolicy
     allow_host_compat: bool
     guest_ip: Optional[str]
     tap_name: Optional[str]
@@ -166,6 +191,7 @@ class ExecResult(_Subject):
     start_mode: str
     fault: Optional[Fault]
     timings: Timings
+    notes: List[str]
 
 
 class JournalEntry(TypedDict):
@@ -219,16 +245,55 @@ class DeletedTask(TypedDict):
     reason: str
 
 
-class _Reason(TypedDict, total=False):
+class _Addresses(TypedDict, total=False):
     reason: str
+    tap_name: str
+    guest_ip: str
+    gateway_ip: str
+    subnet_cidr: str
+    mac_address: str
+    dns_servers: List[str]
 
 
-class NetworkInfo(_Reason):
+class NetworkInfo(_Addresses):
     """The network of a machine, or the reason why it has none."""
 
     vm_id: str
     network_enabled: bool
     outbound_connectivity_expected: bool
+
+
+class NetworkCounts(TypedDict):
+    """What a guest did on its network since it was started."""
+
+    allowed: int
+    denied: int
+    bytes_in: int
+    bytes_out: int
+    log_dropped: int
+
+
+class _Changed(TypedDict, total=False):
+    old_digest: str
+    new_digest: str
+    closed_connections: int
+
+
+class TaskNetwork(_Changed):
+    """The network of a task; the digests and the closed connections after a change."""
+
+    task_id: str
+    network_policy: NetworkPolicy
+    counts: Optional[NetworkCounts]
+
+
+class NetworkLog(TypedDict):
+    """What a guest did on its network."""
+
+    task_id: str
+    count: int
+    entries: List[Dict[str, Any]]
+    next_offset: int
 
 
 class Reaped(TypedDict):

@@ -32,6 +32,9 @@ fn class(kind: ErrorKind) -> (&'static str, bool, &'static str) {
         ErrorKind::GuestUnavailable => {
             ("GuestUnavailableError", false, "No guest can be had, and running on the host was not allowed.")
         }
+        ErrorKind::NetworkUnavailable => {
+            ("NetworkUnavailableError", false, "This host cannot give a guest a network.")
+        }
         ErrorKind::Environment => {
             ("EnvironmentFailedError", false, "The environment could not be made or is damaged.")
         }

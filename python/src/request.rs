@@ -1,5 +1,6 @@
 //! What can be asked of an engine, as JSON, and how it is done.
 
+use pyro_engine::network::{NetworkChange, NetworkRequest};
 use pyro_engine::{Command, Engine, Error, ExecSpec, Isolation, LogQuery, Observer, VERSION, VmSpec};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -75,6 +76,17 @@ pub(crate) enum Request {
         #[serde(default)]
         force: bool,
     },
+    TaskNetwork {
+        task_id: String,
+    },
+    SetTaskNetwork {
+        task_id: String,
+        change: NetworkChange,
+    },
+    NetworkLog {
+        task_id: String,
+        offset: u64,
+    },
     ListTasks,
     Close,
 }
@@ -87,7 +99,7 @@ pub(crate) struct Machine {
     mem_mib: i64,
     disk_mib: i64,
     ttl_seconds: i64,
-    network: bool,
+    network: NetworkRequest,
     allow_host_compat: bool,
     require_isolation: Option<String>,
     cold: bool,
@@ -109,7 +121,7 @@ enum Words {
 }
 
 impl Machine {
-    fn spec(self) -> Result<VmSpec, Refusal> {
+    fn spec(self, engine: &Engine) -> Result<VmSpec, Refusal> {
         let named = |name: String| {
             Isolation::named(&name).ok_or_else(|| {
                 let text = "require_isolation must be firecracker-kvm, qemu-kvm or qemu-tcg";
@@ -117,7 +129,7 @@ impl Machine {
             })
         };
         let spec = VmSpec {
-            network: self.network,
+            network: self.network.policy(engine.policies_dir())?,
             allow_host_compat: self.allow_host_compat,
             require_isolation: self.require_isolation.map(named).transpose()?,
             cold: self.cold,
@@ -222,7 +234,7 @@ async fn done(
         }
         Request::PruneEnvironments => blocking(move || Ok(engine.prune()?)).await,
         Request::CreateVm { machine } => {
-            let vm = engine.create_vm(machine.spec()?, observer).await?;
+            let vm = engine.create_vm(machine.spec(&engine)?, observer).await?;
             *made = Some(Made::Vm(vm.vm_id.clone()));
             told(&vm)
         }
@@ -233,12 +245,12 @@ async fn done(
         Request::NetworkInfoVm { vm_id } => blocking(move || Ok(engine.network_info_vm(&vm_id)?)).await,
         Request::ExecVm { vm_id, exec } => told(&engine.exec_vm(&vm_id, exec.spec(stdin), observer).await?),
         Request::RunInVm { machine, exec } => {
-            let machine = machine.spec()?;
+            let machine = machine.spec(&engine)?;
             told(&engine.run(machine, exec.spec(stdin), observer).await?)
         }
         Request::ReapExpired => blocking(move || Ok(engine.reap_expired())).await,
         Request::CreateTask { machine } => {
-            let task = engine.create_task(machine.spec()?, observer).await?;
+            let task = engine.create_task(machine.spec(&engine)?, observer).await?;
             *made = Some(Made::Task(task.task_id.clone()));
             told(&task)
         }
@@ -254,6 +266,11 @@ async fn done(
         Request::StopTask { task_id } => told(&engine.stop_task(&task_id).await?),
         Request::DeleteTask { task_id, force: false } => told(&engine.delete_task(&task_id).await?),
         Request::DeleteTask { task_id, force: true } => told(&engine.delete_task_by_force(&task_id).await?),
+        Request::TaskNetwork { task_id } => told(&engine.task_network(&task_id).await?),
+        Request::SetTaskNetwork { task_id, change } => {
+            told(&engine.set_task_network(&task_id, &change).await?)
+        }
+        Request::NetworkLog { task_id, offset } => told(&engine.network_log(&task_id, offset).await?),
         Request::ListTasks => told(&engine.list_tasks().await?),
         Request::Close => {
             engine.end_vms().await;

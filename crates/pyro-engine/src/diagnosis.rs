@@ -160,6 +160,13 @@ impl Diagnosis {
             issues.push(Issue::of(&error));
             is_confinable = false;
         }
+        let guest_network = vmm.as_ref().is_some_and(|vmm| match crate::network::probe(vmm) {
+            Ok(()) => true,
+            Err(error) => {
+                issues.push(Issue::of(&error));
+                false
+            }
+        });
         let isolation = vmm.as_ref().map(|vmm| vmm.capabilities().isolation.as_str());
         let cache = EnvironmentCache::look(engine.as_ref(), config, &mut issues);
         let checks = engine.as_ref().map(|engine| engine.environments().doctor()).unwrap_or_default();
@@ -192,7 +199,7 @@ impl Diagnosis {
             capabilities: Capabilities {
                 guests: vmm.is_some(),
                 tasks: vmm.is_some() && config.supervisor.is_some(),
-                guest_network: false,
+                guest_network,
                 snapshots: vmm.as_ref().is_some_and(|vmm| vmm.capabilities().snapshot),
                 host_compat: true,
             },

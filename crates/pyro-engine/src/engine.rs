@@ -21,6 +21,8 @@ use crate::vm::Machines;
 /// Everything that the engine needs to know; it reads nothing else.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
+    /// The user's own folder of network policies, which are found there by name.
+    pub policies_dir: Option<PathBuf>,
     /// Registry, machines and tasks; made with mode 0700.
     pub state_dir: PathBuf,
     /// Environments; made with mode 0700.
@@ -245,15 +247,15 @@ impl Engine {
             .is_ok()
     }
 
+    /// The user's own folder of network policies.
+    pub fn policies_dir(&self) -> Option<&Path> {
+        self.inner.config.policies_dir.as_deref()
+    }
+
     /// Checks what can be checked before anything is made.
     pub(crate) fn check(&self, spec: &VmSpec) -> Result<(), Error> {
         spec.check(self.inner.config.max_ttl_seconds)?;
         self.inner.store.check_name(&spec.environment)?;
-        if spec.network {
-            let text = "network=true is not available: guests have no network";
-            return Err(Error::new(ErrorKind::InvalidValue, text)
-                .hint("leave the network off; files can be given on stdin"));
-        }
         let Some(required) = spec.require_isolation else { return Ok(()) };
         // Refused before anything is made; what is handed out later is checked again.
         match self.isolation() {

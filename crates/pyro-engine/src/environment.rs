@@ -37,6 +37,7 @@ impl EngineConfig {
                 Some(dir) => dir,
                 None => base.cache_dir()?,
             },
+            policies_dir: base.config_dir(),
             apt_sources: path("PYRO_APT_SOURCES")?,
             tool_path,
             backend: text("PYRO_BACKEND")?,
@@ -101,6 +102,11 @@ impl Base {
 
     fn cache_dir(&self) -> Result<PathBuf, Error> {
         Ok(self.known()?.cache_dir().join("pyro/environments"))
+    }
+
+    /// Where the user's own settings are; none where there is no home.
+    fn config_dir(&self) -> Option<PathBuf> {
+        self.0.as_ref().map(|base| base.config_dir().join("pyro/policies"))
     }
 
     fn known(&self) -> Result<&Xdg, Error> {

@@ -26,6 +26,8 @@ pub enum ErrorKind {
     IsolationUnavailable,
     /// No guest can be had, and running on the host was not allowed.
     GuestUnavailable,
+    /// This host cannot give a guest a network.
+    NetworkUnavailable,
     /// The environment could not be made or is damaged.
     Environment,
     /// The command was sent and the connection broke: it may or may not have run.
@@ -44,7 +46,7 @@ pub enum ErrorKind {
 
 impl ErrorKind {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::InvalidValue,
         Self::UnknownEnvironment,
         Self::NotFound,
@@ -53,6 +55,7 @@ impl ErrorKind {
         Self::WrongState,
         Self::IsolationUnavailable,
         Self::GuestUnavailable,
+        Self::NetworkUnavailable,
         Self::Environment,
         Self::OutcomeUnknown,
         Self::CommandRefused,
@@ -73,6 +76,7 @@ impl ErrorKind {
             Self::WrongState => "wrong_state",
             Self::IsolationUnavailable => "isolation_unavailable",
             Self::GuestUnavailable => "guest_unavailable",
+            Self::NetworkUnavailable => "network_unavailable",
             Self::Environment => "environment_failed",
             Self::OutcomeUnknown => "outcome_unknown",
             Self::CommandRefused => "command_refused",

@@ -384,6 +384,7 @@ impl<'a> Output<'a> {
             fault: outcome.fault,
             timings: Timings { execute: duration_ms, ..Timings::default() },
             cleanup: None,
+            notes: Vec::new(),
         }
     }
 }

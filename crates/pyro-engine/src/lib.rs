@@ -34,6 +34,7 @@ mod guest_stream;
 mod host;
 mod live;
 mod lock;
+pub mod network;
 mod observe;
 mod owner;
 mod place;
@@ -55,7 +56,7 @@ pub use environment::absolute_path;
 pub use error::{Error, ErrorKind};
 pub use guest::{Chunk, Stream};
 pub use observe::{Observer, Phase};
-pub use record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRecord, VmState};
+pub use record::{Cleanup, Deleted, ExecResult, Fault, Timings, VmRecord, VmState};
 pub use spec::{Command, ExecSpec, VmSpec};
 pub use supervisor::supervise;
 pub use task::{

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pyro_image::{Environment, copy_sparse};
+use pyro_net::{Network, Settings};
 use pyro_vmm::{
     Channel, DiskCache, Driver, Isolation, LaunchError, Machine, MachineExit, MachineSpec, Snapshot, Vmm,
 };
@@ -13,6 +14,7 @@ use pyro_vmm::{
 use crate::error::{Error, ErrorKind, chain};
 use crate::files;
 use crate::guest::{Guest, Identity};
+use crate::network::GuestLink;
 use crate::place::Place;
 use crate::registry::{Lease, Registry};
 use crate::template::NO_TEMPLATE;
@@ -42,6 +44,8 @@ pub(crate) struct Boot<'a> {
     /// None: it has its disk already, from an earlier start.
     pub(crate) fresh: Option<Fresh<'a>>,
     pub(crate) identity: Identity,
+    /// What it may reach, and where that is written down.
+    pub(crate) network: Settings,
 }
 
 /// A machine that has never been.
@@ -59,6 +63,8 @@ pub(crate) struct Fresh<'a> {
 pub(crate) struct Running {
     pub(crate) machine: Machine,
     pub(crate) guest: Guest,
+    /// The owner of its network; none: it has no network device.
+    pub(crate) network: Option<Network>,
     /// How its commands are run, as records name it.
     pub(crate) execution_mode: &'static str,
     pub(crate) isolation: Isolation,
@@ -93,6 +99,7 @@ pub(crate) fn machine_spec(
         memory_mib,
         kernel_args: Vec::new(),
         savable: false,
+        nic: None,
     }
 }
 
@@ -111,8 +118,8 @@ pub(crate) fn boot_deadline(vmm: &Driver) -> Duration {
 impl Running {
     /// Boots a machine and waits for its agent. Dropping the future ends whatever it had started.
     pub(crate) async fn boot(vmm: &Driver, boot: &Boot<'_>) -> Result<(Self, StartTimes), Error> {
-        let spec = boot.spec();
-        Self::begin(vmm, boot, vmm.launch(&spec), boot_deadline(vmm)).await
+        let (spec, network) = Self::connected(vmm, boot).await?;
+        Self::begin(vmm, boot, network, vmm.launch(&spec), boot_deadline(vmm)).await
     }
 
     /// As [`Running::boot`], going on where another machine was saved.
@@ -122,14 +129,26 @@ impl Running {
         from: &Snapshot,
         deadline: Duration,
     ) -> Result<(Self, StartTimes), Error> {
-        let spec = boot.spec();
-        let (running, times) = Self::begin(vmm, boot, vmm.restore(&spec, from), deadline).await?;
+        let (spec, network) = Self::connected(vmm, boot).await?;
+        let (running, times) = Self::begin(vmm, boot, network, vmm.restore(&spec, from), deadline).await?;
         Ok((Self { restored: true, ..running }, times))
+    }
+
+    /// The machine with the network that it is to have, which is served from now on.
+    async fn connected(vmm: &Driver, boot: &Boot<'_>) -> Result<(MachineSpec, Option<Network>), Error> {
+        let spec = boot.spec();
+        if !boot.network.policy.has_nic() {
+            return Ok((spec, None));
+        }
+        let link = GuestLink::make(vmm).await?;
+        let nic = Some(link.nic.clone());
+        Ok((MachineSpec { nic, ..spec }, Some(link.serve(boot.network.clone())?)))
     }
 
     async fn begin(
         vmm: &Driver,
         boot: &Boot<'_>,
+        network: Option<Network>,
         machine: impl Future<Output = Result<Machine, LaunchError>>,
         deadline: Duration,
     ) -> Result<(Self, StartTimes), Error> {
@@ -146,7 +165,9 @@ impl Running {
                 let isolation = vmm.capabilities().isolation;
                 let execution_mode = execution_mode(vmm);
                 let (restored, cold_reason) = (false, None);
-                Ok((Self { machine, guest, execution_mode, isolation, restored, cold_reason }, times))
+                let running =
+                    Self { machine, guest, network, execution_mode, isolation, restored, cold_reason };
+                Ok((running, times))
             }
             Ok(Err(error)) => {
                 // The end of the VMM closes its channel a moment before it is known; it tells more.

@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use pyro_net::Network;
 use pyro_vmm::Isolation;
 
 use crate::engine::Engine;
@@ -48,6 +49,8 @@ pub(crate) struct Terms {
     pub(crate) isolation: Option<Isolation>,
     /// Whether the host may take the place of a guest.
     pub(crate) allow_host: bool,
+    /// Whether it must have a network under a policy. The host's own network is under none.
+    pub(crate) network: bool,
 }
 
 impl Place {
@@ -98,6 +101,14 @@ impl Place {
         }
     }
 
+    /// The guest's network, if it has one.
+    pub(crate) fn network(&self) -> Option<&Network> {
+        match self {
+            Self::Guest(running) => running.network.as_ref(),
+            Self::None | Self::Host(_) => None,
+        }
+    }
+
     /// Powers the guest off cleanly, if there is one; its disk is whole when this returns.
     pub(crate) async fn power_off(&self) {
         if let Self::Guest(running) = self {
@@ -115,12 +126,19 @@ impl Place {
 
 impl Terms {
     pub(crate) fn of(spec: &VmSpec) -> Self {
-        Self { isolation: spec.require_isolation, allow_host: spec.allow_host_compat }
+        Self {
+            isolation: spec.require_isolation,
+            allow_host: spec.allow_host_compat,
+            network: spec.network.has_nic(),
+        }
     }
 
     /// Checks a place that is about to be handed out, whether it was booted, restored, kept as a spare, or is the host.
     pub(crate) fn check(&self, place: &Place) -> Result<(), Error> {
         match place {
+            Place::Guest(running) if running.network.is_some() != self.network => {
+                Err(unavailable("the machine has another network than was asked for"))
+            }
             Place::Guest(running) => self.check_isolation(running.isolation),
             Place::Host(_) if self.may_use_host() => Ok(()),
             Place::Host(host) => Err(Error::new(ErrorKind::GuestUnavailable, host.reason.clone())),
@@ -140,9 +158,10 @@ impl Terms {
         }
     }
 
-    /// Whether the host may run the commands: it isolates nothing, so whoever requires a tier excludes it.
+    /// Whether the host may run the commands: it isolates nothing and keeps no network policy, so whoever requires one of
+    /// these excludes it.
     pub(crate) fn may_use_host(&self) -> bool {
-        self.allow_host && self.isolation.is_none()
+        self.allow_host && self.isolation.is_none() && !self.network
     }
 }
 
@@ -188,11 +207,12 @@ mod tests {
 
     #[test]
     fn the_host_is_handed_out_only_to_a_caller_who_opted_in_and_requires_nothing() {
-        let opted_in = Terms { isolation: None, allow_host: true };
+        let opted_in = Terms { isolation: None, allow_host: true, network: false };
         opted_in.check(&host()).expect("allowed");
         for terms in [
-            Terms { isolation: None, allow_host: false },
-            Terms { isolation: Some(Isolation::QemuTcg), allow_host: true },
+            Terms { allow_host: false, ..opted_in },
+            Terms { isolation: Some(Isolation::QemuTcg), ..opted_in },
+            Terms { network: true, ..opted_in },
         ] {
             let refused = terms.check(&host()).expect_err("not allowed");
             assert_eq!(refused.kind(), ErrorKind::GuestUnavailable);
@@ -202,7 +222,9 @@ mod tests {
     #[test]
     fn an_absent_machine_is_not_the_host() {
         assert_eq!(Place::None.manner(), None);
-        Terms { isolation: None, allow_host: true }.check(&Place::None).expect_err("there is no machine");
+        Terms { isolation: None, allow_host: true, network: false }
+            .check(&Place::None)
+            .expect_err("there is no machine");
         assert_eq!(host().manner().map(|manner| manner.isolation), Some("none"));
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::network::{NetworkPolicy, guest_ip, tap_name};
 use crate::spec::VmSpec;
 use crate::task::boottime;
 
@@ -50,6 +51,8 @@ pub struct VmRecord {
     pub expires_at: f64,
     pub state: VmState,
     pub network_enabled: bool,
+    #[serde(default)]
+    pub network_policy: NetworkPolicy,
     pub allow_host_compat: bool,
     pub guest_ip: Option<String>,
     pub tap_name: Option<String>,
@@ -79,10 +82,11 @@ impl VmRecord {
             created_at,
             expires_at: created_at + f64::from(spec.ttl_seconds),
             state: VmState::Created,
-            network_enabled: false,
+            network_enabled: spec.network.has_nic(),
+            network_policy: NetworkPolicy::from(&spec.network),
             allow_host_compat: spec.allow_host_compat,
-            guest_ip: None,
-            tap_name: None,
+            guest_ip: guest_ip(spec.network.has_nic()),
+            tap_name: tap_name(spec.network.has_nic()),
             execution_mode: "pending".to_owned(),
             isolation: isolation.to_owned(),
             start_mode: None,
@@ -180,6 +184,8 @@ pub struct ExecResult {
     pub timings: Timings,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cleanup: Option<Cleanup>,
+    /// What the caller should know of.
+    pub notes: Vec<String>,
 }
 
 /// A deleted machine.
@@ -192,17 +198,6 @@ pub struct Deleted {
     pub deleted: bool,
     /// `explicit_delete`.
     pub reason: &'static str,
-}
-
-/// The network of a machine that has none.
-#[derive(Clone, Debug, Serialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[expect(missing_docs, reason = "the keys are those of the public contract, section 3")]
-pub struct NetworkInfo {
-    pub vm_id: String,
-    pub network_enabled: bool,
-    pub outbound_connectivity_expected: bool,
-    pub reason: String,
 }
 
 #[cfg(test)]

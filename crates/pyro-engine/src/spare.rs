@@ -172,7 +172,7 @@ impl Spare {
 /// Whether a machine of one description serves for another.
 fn like(one: &VmSpec, other: &VmSpec) -> bool {
     let shape = |spec: &VmSpec| {
-        (spec.environment.clone(), spec.vcpu_count, spec.mem_mib, spec.disk_mib, spec.network)
+        (spec.environment.clone(), spec.vcpu_count, spec.mem_mib, spec.disk_mib, spec.network.digest())
     };
     shape(one) == shape(other) && !other.cold
 }
@@ -191,6 +191,7 @@ pub(crate) mod tests {
         EngineConfig {
             state_dir: state.path().to_owned(),
             cache_dir,
+            policies_dir: None,
             apt_sources: None,
             tool_path: std::env::var_os("PATH").unwrap_or_default(),
             backend: None,

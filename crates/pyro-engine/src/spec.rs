@@ -2,6 +2,7 @@
 
 use std::os::unix::ffi::OsStrExt;
 
+use pyro_net::Policy;
 use pyro_proto::limits;
 use pyro_vmm::Isolation;
 use tokio::io::AsyncRead;
@@ -22,8 +23,8 @@ pub struct VmSpec {
     pub disk_mib: u32,
     /// Life in seconds, 60 to the configured maximum (3600).
     pub ttl_seconds: u32,
-    /// Whether the guest gets a network.
-    pub network: bool,
+    /// What the guest may reach; [`Policy::none`] gives it no network device.
+    pub network: Policy,
     /// Whether commands may run on the host where no guest can be had.
     pub allow_host_compat: bool,
     /// Refuse anything that isolates less.
@@ -41,7 +42,7 @@ impl VmSpec {
             mem_mib: 1024,
             disk_mib: 8192,
             ttl_seconds: 600,
-            network: false,
+            network: Policy::none(),
             allow_host_compat: false,
             require_isolation: None,
             cold: false,

@@ -18,6 +18,7 @@ use crate::engine::Engine;
 use crate::error::{Error, ErrorKind};
 use crate::guest::{Event, Guest, Identity, at_rest};
 use crate::live::{Boot, OVERLAY, Running, StartTimes, boot_deadline, lay_disk, machine_spec, unavailable};
+use crate::network::GuestLink;
 use crate::observe::{Observer, Phase};
 use crate::registry::{Lease, Owner, Registry, Resource};
 use crate::spec::{Command, ExecSpec, VmSpec};
@@ -47,8 +48,8 @@ const REST_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a restored guest may take to answer: a tenth of a second on an idle host.
 const RESTORE_DEADLINE: Duration = Duration::from_secs(20);
 
-/// What a template is asked for by: the digest of the environment, processors, memory and disk.
-type AskedFor = (String, u8, u32, u32);
+/// What a template is asked for by: the digest of the environment, processors, memory, disk, and whether it has a network.
+type AskedFor = (String, u8, u32, u32, bool);
 /// Why templates could not be made when that was tried last; none where they could.
 pub(crate) type TemplateFailures = HashMap<AskedFor, Option<String>>;
 
@@ -144,7 +145,7 @@ impl Engine {
     /// The template for a machine on this VMM; none where there is no sound one.
     fn find_template(&self, vmm: &Driver, boot: &Boot<'_>) -> Option<Template> {
         let fresh = boot.fresh.as_ref().filter(|fresh| !fresh.cold)?;
-        let shape = shape(vmm, &boot.spec(), fresh.disk_mib)?;
+        let shape = shape(vmm, &boot.spec(), fresh.disk_mib, boot.network.policy.has_nic())?;
         // A cache that cannot be read is one that holds nothing.
         self.inner.store.template(boot.environment, &shape).ok().flatten()
     }
@@ -218,7 +219,7 @@ impl Engine {
         let vmm = self.vmm()?;
         let inner = &self.inner;
         let spec_in = |dir| machine_spec(dir, environment, spec.vcpu_count, spec.mem_mib, disk);
-        let shape = shape(&vmm, &spec_in(PathBuf::new()), spec.disk_mib)
+        let shape = shape(&vmm, &spec_in(PathBuf::new()), spec.disk_mib, spec.network.has_nic())
             .ok_or_else(|| unavailable("this VMM cannot save a machine"))?;
         if let Some(template) = inner.store.template(environment, &shape)? {
             return Ok(Some((template, false)));
@@ -240,7 +241,11 @@ impl Engine {
         if let Some(lease) = &workshop.lease {
             self.note_control_group(&lease.id, &dir).await?;
         }
-        let saved = save_machine(&vmm, spec_in(dir.clone()), tell).await?;
+        // Nobody serves its network: what is restored from it has one of its own.
+        let link = if spec.network.has_nic() { Some(GuestLink::make(&vmm).await?) } else { None };
+        let nic = link.as_ref().map(|link| link.nic.clone());
+        let saved = save_machine(&vmm, MachineSpec { nic, ..spec_in(dir.clone()) }, tell).await?;
+        drop(link);
         let files = TemplateFiles { state: saved.state, memory: saved.memory, overlay: dir.join(OVERLAY) };
         let engine = self.clone();
         let template = self.blocking(move || Ok(engine.inner.store.finish_template(build, &files)?)).await?;
@@ -329,13 +334,17 @@ async fn warm_up(guest: &Guest) {
 }
 
 fn asked_for(environment: &Environment, spec: &VmSpec) -> AskedFor {
-    (environment.digest.clone(), spec.vcpu_count, spec.mem_mib, spec.disk_mib)
+    (environment.digest.clone(), spec.vcpu_count, spec.mem_mib, spec.disk_mib, spec.network.has_nic())
 }
 
 /// What a template of this machine is named by; none where its VMM cannot save one.
-fn shape(vmm: &Driver, spec: &MachineSpec, disk_mib: u32) -> Option<TemplateShape> {
+fn shape(vmm: &Driver, spec: &MachineSpec, disk_mib: u32, has_nic: bool) -> Option<TemplateShape> {
     let Capabilities { snapshot: true, .. } = vmm.capabilities() else { return None };
-    let fingerprint = vmm.fingerprint(spec);
+    let mut fingerprint = vmm.fingerprint(spec);
+    if has_nic {
+        // A machine that was saved with a network device goes on only with one, and the other way round.
+        fingerprint.machine.push_str(" nic");
+    }
     Some(TemplateShape {
         vcpus: spec.vcpus,
         memory_mib: spec.memory_mib,

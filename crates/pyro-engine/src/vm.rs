@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pyro_image::Environment;
+use pyro_net::{Network, Settings};
 use pyro_vmm::DiskCache;
 
 use self::machine::{VmExec, VmMachine};
@@ -20,10 +21,11 @@ use crate::error::{Error, ErrorKind};
 use crate::execute::{Cancel, Limit, Output, Subject, carry_out, ended_by, millis};
 use crate::guest::Identity;
 use crate::live::{Boot, Fresh, Live, OVERLAY, StartTimes};
+use crate::network::{self, NetworkInfo};
 use crate::observe::{Observer, Phase};
 use crate::owner::{self, Mailbox, Message};
 use crate::place::{Place, Terms};
-use crate::record::{Cleanup, Deleted, ExecResult, Fault, NetworkInfo, Timings, VmRecord};
+use crate::record::{Cleanup, Deleted, ExecResult, Fault, Timings, VmRecord};
 use crate::registry::now;
 use crate::room;
 use crate::spare::Slot;
@@ -205,18 +207,13 @@ impl Engine {
         self.inner.registry.get(vm_id)
     }
 
-    /// The machine's network: it has none.
+    /// The machine's network.
     ///
     /// # Errors
     /// As [`Engine::status_vm`].
     pub fn network_info_vm(&self, vm_id: &str) -> Result<NetworkInfo, Error> {
         let record = self.status_vm(vm_id)?;
-        Ok(NetworkInfo {
-            vm_id: record.vm_id,
-            network_enabled: false,
-            outbound_connectivity_expected: false,
-            reason: "network is disabled for this VM".to_owned(),
-        })
+        Ok(NetworkInfo::of(record.vm_id, &record.network_policy))
     }
 
     /// Ends a machine, in any state, and removes every trace. A running command is ended first.
@@ -311,6 +308,8 @@ impl Engine {
         let fresh = Fresh { blank: &blank, disk_mib: spec.disk_mib, cold: spec.cold };
         let identity = Identity::fresh(id)?;
         let workspace = dir.join("workspace");
+        let network =
+            Settings { policy: spec.network.clone(), names: Some(dir.join(network::NAMES)), log: None };
         let boot = environment.map(|environment| Boot {
             dir,
             environment,
@@ -319,6 +318,7 @@ impl Engine {
             disk: DiskCache::Unsafe,
             fresh: (!has_disk).then_some(fresh),
             identity,
+            network,
         });
         self.hand_out(boot, workspace, Terms::of(spec)).await
     }
@@ -371,6 +371,8 @@ pub(crate) async fn execute(
     let command = exec.command.display();
     let manner = place.manner().ok_or_else(|| not_started(&record.vm_id))?;
     let mut output = Output::new(observer);
+    let network = place.network();
+    let mark = network.map_or(0, Network::mark);
     let outcome = tokio::select! {
         outcome = carry_out(place, exec, limit, &mut output, cancel) => outcome?,
         // What is given up here ends with its machine.
@@ -385,7 +387,9 @@ pub(crate) async fn execute(
         isolation: manner.isolation.to_owned(),
         start_mode: manner.start_mode.to_owned(),
     };
-    Ok(output.result(subject, command, outcome, millis(began.elapsed())).await)
+    let mut result = output.result(subject, command, outcome, millis(began.elapsed())).await;
+    result.notes = network::notes(network, mark);
+    Ok(result)
 }
 
 /// A VM that is not started has nowhere to run a command.

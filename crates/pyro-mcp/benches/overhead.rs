@@ -27,7 +27,8 @@ async fn main() {
         ..config
     };
     let engine = Engine::open(config.clone()).expect("the engine opens");
-    let mut client = Client::connect(Server::new(config, Profile::Full)).await;
+    let mut client =
+        Client::connect(Server::new(config, Profile::Full, pyro_engine::network::Policy::none())).await;
     let task = engine.create_task(VmSpec::new("debian:12"), Observer::none()).await.expect("a task").task_id;
 
     let (mut direct, mut served) = (Vec::new(), Vec::new());

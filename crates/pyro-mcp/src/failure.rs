@@ -66,6 +66,7 @@ fn next_step(kind: ErrorKind) -> Option<&'static str> {
         }
         ErrorKind::IsolationUnavailable
         | ErrorKind::GuestUnavailable
+        | ErrorKind::NetworkUnavailable
         | ErrorKind::Environment
         | ErrorKind::HostResources
         | ErrorKind::Damaged

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use pyro_engine::network::{NetworkPolicy, Policy};
 use pyro_engine::{Engine, EngineConfig, VERSION};
 use rmcp::model::{
     CallToolRequestParams, CallToolResponse, CallToolResult, CancelledNotificationParam, ContentBlock,
@@ -71,6 +72,8 @@ struct Shared {
     /// Opened at the first call: a server that cannot work says so in the result of a call, where an agent reads it.
     engine: Mutex<Option<Engine>>,
     profile: Profile,
+    /// What a machine may reach whose caller asks for a network.
+    network: Policy,
     tools: Vec<Entry>,
     calls: TaskTracker,
     /// Cancelled when the server is on its way out: calls end then, and what they have made.
@@ -78,12 +81,14 @@ struct Shared {
 }
 
 impl Server {
-    /// A server on an engine of this configuration.
-    pub fn new(config: EngineConfig, profile: Profile) -> Self {
+    /// A server on an engine of this configuration. `network` is what machines may reach whose caller asks for a network;
+    /// [`Policy::none`] offers none.
+    pub fn new(config: EngineConfig, profile: Profile, network: Policy) -> Self {
         let shared = Shared {
             config,
             engine: Mutex::default(),
             profile,
+            network,
             tools: tools::all().into_iter().filter(|entry| entry.profile <= profile).collect(),
             calls: TaskTracker::new(),
             ending: CancellationToken::new(),
@@ -158,6 +163,40 @@ impl Server {
         .await
     }
 
+    /// The network of a machine whose caller asks for one, or for none.
+    pub(crate) fn network(&self, wanted: bool) -> Result<Policy, Failure> {
+        if !wanted {
+            return Ok(Policy::none());
+        }
+        if !self.shared.network.has_nic() {
+            let text = "network=true is not available: this server offers no network";
+            return Err(Failure::new("invalid_value", text).hint(
+                "work without a network, or ask the user to start the server with --network or --allow HOST",
+            ));
+        }
+        Ok(self.shared.network.clone())
+    }
+
+    /// What agents are told of the network.
+    fn network_words(&self) -> String {
+        if !self.shared.network.has_nic() {
+            return "Machines have no network.".to_owned();
+        }
+        let offered = NetworkPolicy::from(&self.shared.network);
+        let mut words = format!(
+            "With network=true a machine may reach {}",
+            match offered.mode.as_str() {
+                "open" => "the public internet".to_owned(),
+                _ if offered.allow.is_empty() => "nothing".to_owned(),
+                _ => offered.allow.join(", "),
+            }
+        );
+        if !offered.deny.is_empty() {
+            words.push_str(&format!(", but not {}", offered.deny.join(", ")));
+        }
+        words + "; anything else is refused, and a result's notes say so."
+    }
+
     fn find(&self, name: &str) -> Option<&Entry> {
         self.shared.tools.iter().find(|entry| entry.tool.name == name)
     }
@@ -215,10 +254,9 @@ impl ServerHandler for Server {
             ServerCapabilities::builder().enable_tools().enable_resources().enable_prompts().build();
         ServerConfig::new(capabilities)
             .with_server_info(Implementation::new("pyro_mcp", VERSION).with_title("pyro"))
-            .with_instructions(if self.has_tasks() {
-                format!("{INSTRUCTIONS} {TASK_INSTRUCTIONS}")
-            } else {
-                INSTRUCTIONS.to_owned()
+            .with_instructions({
+                let tasks = if self.has_tasks() { format!(" {TASK_INSTRUCTIONS}") } else { String::new() };
+                format!("{INSTRUCTIONS}{tasks} {}", self.network_words())
             })
     }
 

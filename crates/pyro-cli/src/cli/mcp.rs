@@ -7,7 +7,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Subcommand};
 use pyro_mcp::{Host, Profile};
 
-use super::Output;
+use super::{NetworkArgs, Output};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum McpVerb {
@@ -28,6 +28,9 @@ pub(crate) struct McpServeArgs {
     /// With --http: also listen where other machines can connect
     #[arg(long, requires = "http")]
     pub(crate) allow_remote: bool,
+    /// What machines may reach whose agent asks for a network
+    #[command(flatten)]
+    pub(crate) network: NetworkArgs,
     /// Write the log to this file too, not only to stderr
     #[arg(long, value_name = "FILE")]
     pub(crate) log_file: Option<PathBuf>,

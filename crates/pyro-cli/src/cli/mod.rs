@@ -73,6 +73,8 @@ pub(crate) enum TaskVerb {
     Status(TaskArgs),
     /// Show the commands of a task with their output
     Logs(LogsArgs),
+    /// Show or change what the guest of a task may reach
+    Network(TaskNetworkArgs),
     /// List all tasks, newest activity first
     List(Output),
     /// Boot the guest of a stopped task from its disk
@@ -162,7 +164,10 @@ pub(crate) struct LogsArgs {
     /// Output of all together at the most, in bytes
     #[arg(long, value_name = "BYTES")]
     pub(crate) max_bytes: Option<u64>,
-    /// Go on with what comes
+    /// Show what the guest did on its network instead
+    #[arg(long, conflicts_with_all = ["sequence", "since", "limit", "max_bytes"])]
+    pub(crate) network: bool,
+    /// Follow new output
     #[arg(long, conflicts_with = "json")]
     pub(crate) follow: bool,
     #[command(flatten)]
@@ -255,9 +260,8 @@ pub(crate) struct MachineArgs {
     /// Life of the machine in seconds, 60 to 3600
     #[arg(long, default_value_t = 600, allow_negative_numbers = true)]
     pub(crate) ttl_seconds: i64,
-    /// Give the guest a network
-    #[arg(long)]
-    pub(crate) network: bool,
+    #[command(flatten)]
+    pub(crate) network: NetworkArgs,
     /// Where no guest can be had, run the command on this host, without isolation
     #[arg(long)]
     pub(crate) allow_host_compat: bool,
@@ -273,6 +277,46 @@ pub(crate) struct MachineArgs {
     /// Use this VMM instead of the best that works, or instead of $PYRO_BACKEND
     #[arg(long, value_name = "NAME")]
     pub(crate) backend: Option<String>,
+}
+
+/// What a guest may reach. With none of these it has no network device.
+#[derive(Debug, Args)]
+pub(crate) struct NetworkArgs {
+    /// Allow the public internet; never this host, its networks, or cloud metadata
+    #[arg(long)]
+    pub(crate) network: bool,
+    /// Allow a host: NAME[:PORTS], *.NAME[:PORTS], ADDRESS[/LENGTH][:PORTS] or host.pyro.internal:PORT
+    #[arg(long, value_name = "HOST")]
+    pub(crate) allow: Vec<String>,
+    /// Deny a host, also where another rule allows it
+    #[arg(long, value_name = "HOST")]
+    pub(crate) deny: Vec<String>,
+    /// Take rules from a file, or from a policy of this name in ~/.config/pyro/policies
+    #[arg(long, value_name = "FILE")]
+    pub(crate) network_policy: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TaskNetworkArgs {
+    /// The task's id
+    pub(crate) task_id: String,
+    /// Allow a host: NAME[:PORTS], *.NAME[:PORTS], ADDRESS[/LENGTH][:PORTS] or host.pyro.internal:PORT
+    #[arg(long, value_name = "HOST")]
+    pub(crate) allow: Vec<String>,
+    /// Deny a host, also where another rule allows it
+    #[arg(long, value_name = "HOST")]
+    pub(crate) deny: Vec<String>,
+    /// Remove a rule; open connections that no other rule allows are reset
+    #[arg(long, value_name = "HOST")]
+    pub(crate) revoke: Vec<String>,
+    /// Allow the public internet
+    #[arg(long, conflicts_with = "closed")]
+    pub(crate) open: bool,
+    /// Allow the public internet no more
+    #[arg(long)]
+    pub(crate) closed: bool,
+    #[command(flatten)]
+    pub(crate) output: Output,
 }
 
 #[derive(Debug, Args)]
@@ -318,6 +362,7 @@ impl Verb {
                 TaskVerb::Cancel(args) | TaskVerb::Attach(AttachArgs { command: args }) => args.output.json,
                 TaskVerb::Status(args) | TaskVerb::Start(args) | TaskVerb::Stop(args) => args.output.json,
                 TaskVerb::Delete(args) => args.output.json,
+                TaskVerb::Network(args) => args.output.json,
             },
             Self::Mcp(verb) => verb.json(),
             Self::Env(EnvVerb::List(output) | EnvVerb::Prune(output))

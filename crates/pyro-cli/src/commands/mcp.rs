@@ -15,6 +15,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use super::run::network_of;
 use super::task::Interrupt;
 use crate::cli::{McpInstallArgs, McpServeArgs, McpVerb};
 use crate::config;
@@ -40,7 +41,8 @@ async fn serve(args: McpServeArgs, printer: &Printer, mut interrupt: Interrupt) 
     // The next command of an agent is like its last.
     config.spare = true;
     start_log(args.log_file.as_deref())?;
-    let server = Server::new(config, args.profile);
+    let network = network_of(args.network, config.policies_dir.as_deref())?;
+    let server = Server::new(config, args.profile, network);
     let owner = args.while_open.map(owner).transpose()?;
     let stop = CancellationToken::new();
     let stopped = tokio::spawn({

@@ -4,6 +4,7 @@ mod demo;
 mod doctor;
 mod env;
 mod mcp;
+mod network;
 mod run;
 mod task;
 

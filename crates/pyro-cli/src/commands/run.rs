@@ -1,10 +1,12 @@
 //! `pyro run`: one command in a fresh microVM.
 
+use std::path::Path;
 use std::process::ExitCode;
 
-use pyro_engine::{Command, Engine, ExecSpec, Isolation, Observer, Phase, VmSpec};
+use pyro_engine::network::{NetworkRequest, Policy, PolicySource};
+use pyro_engine::{Command, Engine, ExecResult, ExecSpec, Isolation, Observer, Phase, VmSpec};
 
-use crate::cli::{MachineArgs, RunArgs};
+use crate::cli::{MachineArgs, NetworkArgs, RunArgs};
 use crate::config;
 use crate::failure::Failure;
 use crate::printer::Printer;
@@ -14,10 +16,12 @@ use crate::streams::{self, Forwarder, Written};
 const UNREAD: u8 = 141;
 
 pub(crate) async fn run(args: RunArgs, printer: &Printer) -> Result<ExitCode, Failure> {
-    let engine = Engine::open(config::engine_for(&args.machine)?)?;
+    let config = config::engine_for(&args.machine)?;
+    let policies = config.policies_dir.clone();
+    let engine = Engine::open(config)?;
     let mut exec = ExecSpec::new(command(args.command));
     exec.timeout_seconds = args.timeout_seconds;
-    let spec = machine(args.machine)?;
+    let spec = machine(args.machine, policies.as_deref())?;
     exec.stdin = streams::stdin();
     let mut observer = Observer::none().on_phase(telling(printer, &engine, "run"));
     let mut forwarder = None;
@@ -37,6 +41,7 @@ pub(crate) async fn run(args: RunArgs, printer: &Printer) -> Result<ExitCode, Fa
     if result.execution_mode == "host_compat" {
         printer.warn("warning: no guest could be had; the command ran on this host, without isolation");
     }
+    note(&result, printer);
     printer.say(&format!(
         "[run] environment={} execution_mode={} isolation={} exit_code={} duration_ms={:.0} start_mode={}",
         result.environment,
@@ -47,6 +52,13 @@ pub(crate) async fn run(args: RunArgs, printer: &Printer) -> Result<ExitCode, Fa
         result.start_mode
     ));
     Ok(exit(result.exit_code))
+}
+
+/// Tells what the caller should know besides the output.
+pub(super) fn note(result: &ExecResult, printer: &Printer) {
+    for note in &result.notes {
+        printer.warn(&format!("note: {note}"));
+    }
 }
 
 /// Waits until all output is written; a code where the command's own does not count any more.
@@ -76,15 +88,22 @@ pub(super) fn command(words: Vec<std::ffi::OsString>) -> Command {
 }
 
 /// The machine that is asked for.
-pub(super) fn machine(args: MachineArgs) -> Result<VmSpec, Failure> {
+pub(super) fn machine(args: MachineArgs, policies: Option<&Path>) -> Result<VmSpec, Failure> {
     let spec = VmSpec {
-        network: args.network,
+        network: network_of(args.network, policies)?,
         allow_host_compat: args.allow_host_compat,
         require_isolation: args.require_isolation.map(Isolation::from),
         cold: args.cold,
         ..VmSpec::new(args.environment)
     };
     Ok(spec.sized(args.vcpu_count, args.mem_mib, args.disk_mib, args.ttl_seconds))
+}
+
+/// The network that is asked for.
+pub(super) fn network_of(args: NetworkArgs, policies: Option<&Path>) -> Result<Policy, Failure> {
+    let NetworkArgs { network, allow, deny, network_policy } = args;
+    let network_policy = network_policy.map(PolicySource::File);
+    Ok(NetworkRequest { network, allow, deny, network_policy }.policy(policies)?)
 }
 
 /// Tells the phases of a command as they come.

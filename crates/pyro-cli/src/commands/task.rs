@@ -1,5 +1,6 @@
 //! `pyro task`: a microVM that stays, and the record of what was done in it.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use pyro_engine::{
@@ -8,7 +9,8 @@ use pyro_engine::{
 };
 use tokio::sync::watch;
 
-use super::run::{command, exit, machine, telling, written};
+use super::network;
+use super::run::{command, exit, machine, note, telling, written};
 use crate::cli::{AttachArgs, CommandArgs, CreateArgs, ExecArgs, LogsArgs, TaskVerb};
 use crate::config;
 use crate::failure::Failure;
@@ -27,9 +29,12 @@ pub(crate) async fn run(
         TaskVerb::Create(args) => config::engine_for(&args.machine)?,
         _ => config::engine(None)?,
     };
+    let policies = config.policies_dir.clone();
     let engine = Engine::open(config)?;
     match verb {
-        TaskVerb::Create(args) => create(&engine, args, printer).await,
+        TaskVerb::Create(args) => create(&engine, args, policies.as_deref(), printer).await,
+        TaskVerb::Network(args) => network::run(&engine, args, printer).await,
+        TaskVerb::Logs(args) if args.network => network::logs(&engine, &args, printer).await,
         TaskVerb::Exec(args) => exec(&engine, args, printer, interrupt).await,
         TaskVerb::Attach(args) => attach(&engine, args, printer).await,
         TaskVerb::Cancel(args) => cancel(&engine, args, printer).await,
@@ -65,9 +70,14 @@ pub(crate) async fn run(
     }
 }
 
-async fn create(engine: &Engine, args: CreateArgs, printer: &Printer) -> Result<ExitCode, Failure> {
+async fn create(
+    engine: &Engine,
+    args: CreateArgs,
+    policies: Option<&Path>,
+    printer: &Printer,
+) -> Result<ExitCode, Failure> {
     let observer = Observer::none().on_phase(telling(printer, engine, "task-create"));
-    let record = engine.create_task(machine(args.machine)?, observer).await?;
+    let record = engine.create_task(machine(args.machine, policies)?, observer).await?;
     if args.id_only {
         printer.settle();
         printer.data(&record.task_id);
@@ -170,6 +180,7 @@ fn finish(result: &ExecResult, printer: &Printer) -> Result<ExitCode, Failure> {
     if result.execution_mode == "host_compat" {
         printer.warn("warning: this task runs on this host, without isolation");
     }
+    note(result, printer);
     printer.say(&format!(
         "[task-exec] task_id={} sequence={} cwd={} execution_mode={} exit_code={} duration_ms={:.0}",
         result.task_id.as_deref().unwrap_or_default(),
@@ -245,6 +256,9 @@ fn show(record: &TaskRecord, printer: &Printer) {
         ("Command count", record.command_count.to_string()),
         ("Last command", last),
     ];
+    if record.network_enabled {
+        lines.push(("Network", network::describe(&record.network_policy)));
+    }
     lines.extend(record.last_error.as_ref().map(|error| ("Last error", one_line(error))));
     for (name, value) in lines {
         printer.data(&format!("{name}: {value}"));

@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pyro_net::Network;
 use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
@@ -16,6 +17,7 @@ use crate::ending::Ending;
 use crate::error::{Error, ErrorKind};
 use crate::execute::{Cancel, Limit, Outcome, Sink, carry_out, ended_by, millis};
 use crate::guest::{Chunk, Stream};
+use crate::network;
 use crate::place::Place;
 use crate::record::Fault;
 use crate::spec::ExecSpec;
@@ -100,6 +102,7 @@ impl Supervisor {
             drop(tokio::task::spawn_blocking(move || unsettled.prepare()));
         });
         let limit = Limit { asked: exec.timeout_seconds, left: self.file().life_left().as_secs_f64() };
+        let mark = place.network().map_or(0, Network::mark);
         let (outcome, reason) = match carry_out(&place, exec, limit, &mut sink, cancel).await {
             Ok(outcome) => (outcome, None),
             Err(error) => {
@@ -116,6 +119,7 @@ impl Supervisor {
             drop(sink.take(chunk).await);
         }
         let entry = &mut sink.writer.entry;
+        entry.notes = network::notes(place.network(), mark);
         entry.status = match outcome.fault {
             None | Some(Fault::OutOfMemory | Fault::OutputLimit) => EntryStatus::Finished,
             // The guest's disk was full, or the host's: only the latter has ended the command.

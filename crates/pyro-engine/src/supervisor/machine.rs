@@ -5,6 +5,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pyro_net::Settings;
 use pyro_vmm::{DiskCache, Isolation, MachineEnd, MachineExit};
 
 use super::Supervisor;
@@ -13,6 +14,7 @@ use crate::ending::{Ending, Noun};
 use crate::error::{Error, ErrorKind};
 use crate::guest::Identity;
 use crate::live::{Boot, Fresh, OVERLAY};
+use crate::network;
 use crate::owner::{Inbox, Owned};
 use crate::place::{Place, Terms};
 use crate::record::VmState;
@@ -120,6 +122,11 @@ impl Owned for TaskMachine {
             // What the guest has synced is kept, also when the host goes down.
             disk: DiskCache::Writeback,
             fresh: (!has_disk).then_some(fresh),
+            network: Settings {
+                policy: file.network.clone(),
+                names: Some(directory.path().join(network::NAMES)),
+                log: Some(directory.path().join(network::LOG)),
+            },
             identity: Identity { hostname: format!("pyro-{id}"), machine_id: file.machine_id.clone() },
         });
         let (place, _times) = engine.hand_out(boot, directory.workspace(), terms(&file)?).await?;
@@ -144,6 +151,11 @@ impl Owned for TaskMachine {
             Ok(place) => {
                 self.unwritten = None;
                 self.supervisor.commands.reopen();
+                let _unchanged = self.supervisor.network_changes.lock().await;
+                if let Some(network) = place.network() {
+                    // It may have changed while the guest booted.
+                    network.set_policy(self.supervisor.file().network.clone());
+                }
                 self.supervisor.place.send_replace(place);
                 Ok(())
             }
@@ -296,5 +308,9 @@ fn terms(file: &TaskFile) -> Result<Terms, Error> {
             Error::new(ErrorKind::IsolationUnavailable, text).hint("use the newer pyro that made the task")
         })
     });
-    Ok(Terms { isolation: isolation.transpose()?, allow_host: file.allow_host_compat })
+    Ok(Terms {
+        isolation: isolation.transpose()?,
+        allow_host: file.allow_host_compat,
+        network: file.network.has_nic(),
+    })
 }

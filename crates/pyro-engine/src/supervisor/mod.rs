@@ -34,6 +34,7 @@ use self::unsettled::Unsettled;
 use crate::ending::{Ending, Noun};
 use crate::engine::{Engine, EngineConfig};
 use crate::error::{Error, ErrorKind};
+use crate::network::{NetworkChange, NetworkPolicy, TaskNetwork};
 use crate::owner::{self, Mailbox};
 use crate::place::Place;
 use crate::record::VmState;
@@ -61,6 +62,8 @@ pub(crate) struct Supervisor {
     place: watch::Sender<Place>,
     commands: Commands,
     owner: Mailbox<TaskMachine>,
+    /// Held while the policy of the network changes, and while a guest that was started with the one before is handed out.
+    network_changes: tokio::sync::Mutex<()>,
     /// Boot the guest of a new task, also where there is a template.
     cold: bool,
     /// True once the task is gone.
@@ -167,6 +170,7 @@ impl Supervisor {
             place: watch::Sender::new(Place::None),
             commands: Commands::after(last),
             owner,
+            network_changes: tokio::sync::Mutex::default(),
             cold,
             gone: watch::Sender::new(false),
         });
@@ -214,6 +218,32 @@ impl Supervisor {
     /// Ends all commands and powers the guest off; the disk is kept.
     async fn stop(&self, why: Option<&'static str>) -> Result<(), Error> {
         self.owner.stop(why).await.unwrap_or_else(|| Err(self.missing()))
+    }
+
+    /// Changes what the guest may reach, on disk first: a task that is started again has the policy that it had last.
+    async fn change_network(&self, change: &NetworkChange) -> Result<TaskNetwork, Error> {
+        let _one_at_a_time = self.network_changes.lock().await;
+        let place = self.place.borrow().clone();
+        let old = self.file().network.clone();
+        let mut answer = TaskNetwork {
+            task_id: self.id.clone(),
+            network_policy: NetworkPolicy::from(&old),
+            old_digest: None,
+            new_digest: None,
+            closed_connections: None,
+            counts: place.network().map(|network| network.counts().into()),
+        };
+        if change.is_empty() {
+            return Ok(answer);
+        }
+        let new = change.applied(&old)?;
+        self.write(|file| file.network = new.clone())?;
+        answer.network_policy = NetworkPolicy::from(&new);
+        answer.old_digest = Some(old.digest());
+        answer.new_digest = Some(new.digest());
+        let changed = place.network().map(|network| network.set_policy(new));
+        answer.closed_connections = Some(changed.map_or(0, |changed| changed.closed_connections));
+        Ok(answer)
     }
 
     fn missing(&self) -> Error {

@@ -18,12 +18,14 @@ use super::Supervisor;
 use super::command::Events;
 use crate::boot_clock::Alarm;
 use crate::ending::{Ending, Noun};
+use crate::error::Error;
+use crate::network::NetworkChange;
 use crate::place::Place;
 use crate::spec::{Command, ExecSpec};
 use crate::task::supervisor_proto::supervisor_server::{Supervisor as Service, SupervisorServer};
 use crate::task::supervisor_proto::{
-    CancelRequest, DeleteRequest, Done, ExecInput, FollowRequest, HelloReply, HelloRequest, StartRequest,
-    StopRequest, exec_input,
+    CancelRequest, DeleteRequest, Done, ExecInput, FollowRequest, HelloReply, HelloRequest, NetworkReply,
+    NetworkRequest, StartRequest, StopRequest, exec_input,
 };
 use crate::task::to_status;
 
@@ -182,6 +184,23 @@ impl Service for Calls {
 
     async fn stop(&self, _: Request<StopRequest>) -> Result<Response<Done>, Status> {
         done(self.0.stop(None).await)
+    }
+
+    async fn network(&self, request: Request<NetworkRequest>) -> Result<Response<NetworkReply>, Status> {
+        let change = request.into_inner().change;
+        let supervisor = Arc::clone(&self.0);
+        on_its_own(async move {
+            let text = |error: serde_json::Error| Error::host("a request about the network", &error);
+            let change = if change.is_empty() {
+                NetworkChange::default()
+            } else {
+                serde_json::from_slice(&change).map_err(text)?
+            };
+            let answer = supervisor.change_network(&change).await?;
+            Ok(NetworkReply { answer: serde_json::to_vec(&answer).map_err(text)?.into() })
+        })
+        .await
+        .map(Response::new)
     }
 
     async fn delete(&self, _: Request<DeleteRequest>) -> Result<Response<Done>, Status> {

@@ -11,11 +11,12 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use crate::error::{Error, ErrorKind};
+use crate::network::{NetworkChange, TaskNetwork};
 use crate::task::{TaskDirectory, owner, socket};
 use supervisor_proto::supervisor_client::SupervisorClient;
 use supervisor_proto::{
-    CancelRequest, DeleteRequest, Done, Event, ExecInput, FollowRequest, HelloRequest, StartRequest,
-    StopRequest, event,
+    CancelRequest, DeleteRequest, Done, Event, ExecInput, FollowRequest, HelloRequest, NetworkRequest,
+    StartRequest, StopRequest, event,
 };
 
 #[expect(
@@ -140,6 +141,20 @@ impl Client {
     pub(crate) async fn stop(&self) -> Result<(), Error> {
         let mut calls = self.calls.clone();
         self.done(calls.stop(StopRequest {})).await
+    }
+
+    /// Makes a change to the task's network, if there is one; returns the network after it.
+    pub(crate) async fn network(&self, change: &NetworkChange) -> Result<TaskNetwork, Error> {
+        let text = |error: serde_json::Error| Error::host("an answer about the network", &error);
+        let change = if change.is_empty() { Vec::new() } else { serde_json::to_vec(change).map_err(text)? };
+        let mut calls = self.calls.clone();
+        let reply = tokio::select! {
+            biased;
+            reply = calls.network(NetworkRequest { change: change.into() }) => reply,
+            error = self.silence(false) => return Err(error),
+        };
+        let reply = reply.map_err(|status| from_status(&status))?.into_inner();
+        serde_json::from_slice(&reply.answer).map_err(text)
     }
 
     pub(crate) async fn delete(&self) -> Result<(), Error> {

@@ -354,6 +354,7 @@ async fn result(task_id: &str, file: Option<TaskFile>, ended: Ended, output: Out
     let outcome = Outcome { exit_code, fault: entry.fault, words };
     let mut result =
         output.result(subject, entry.command, outcome, entry.duration_ms.unwrap_or_default()).await;
+    result.notes = entry.notes;
     result.stdout_truncated |= result.stdout_bytes < entry.stdout_bytes;
     result.stderr_truncated |= result.stderr_bytes < entry.stderr_bytes;
     result.stdout_bytes = entry.stdout_bytes;

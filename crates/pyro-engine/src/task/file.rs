@@ -5,6 +5,7 @@ use std::io;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use pyro_net::Policy;
 use serde::{Deserialize, Serialize};
 
 use crate::budget::Promise;
@@ -43,6 +44,9 @@ pub(crate) struct TaskFile {
     pub(crate) execution_mode: String,
     pub(crate) isolation: String,
     pub(crate) start_mode: String,
+    /// What its guest may reach.
+    #[serde(default = "Policy::none")]
+    pub(crate) network: Policy,
     /// The least tier that its guest may have.
     #[serde(default)]
     pub(crate) require_isolation: Option<String>,
@@ -211,6 +215,7 @@ pub(crate) mod tests {
             execution_mode: "guest_serial".to_owned(),
             isolation: "qemu-tcg".to_owned(),
             start_mode: "cold".to_owned(),
+            network: Policy::none(),
             require_isolation: None,
             metadata: BTreeMap::new(),
             last_error: None,

@@ -86,6 +86,9 @@ pub struct JournalEntry {
     pub reason: Option<String>,
     /// By which its caller finds it after a lost connection.
     pub request_id: String,
+    /// What its caller should know of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// The journal in one directory.
@@ -241,6 +244,7 @@ impl Journal {
                 "its entry cannot be read ({why}) and is kept as {sequence:06}.json.damaged"
             )),
             request_id: String::new(),
+            notes: Vec::new(),
         }
     }
 

@@ -30,6 +30,7 @@ pub use self::record::{
 };
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, LOCK_HELD};
+use crate::network::{self, NetworkChange, NetworkLog, NetworkPolicy, TaskNetwork};
 use crate::registry::TaskLock;
 
 /// Between two looks at a supervisor that is on its way in or out: for a moment it holds its lock and does not
@@ -43,6 +44,9 @@ const AGAIN: Duration = Duration::from_millis(20);
 const AGAIN_AT_MOST: Duration = Duration::from_secs(1);
 /// How long a supervisor may take to delete its task before it is killed, where that is asked for.
 const BEFORE_FORCE: Duration = Duration::from_secs(3);
+
+/// What is read of a network's log at once, in bytes.
+const MOST_LOG: usize = 4 << 20;
 
 /// A task as it was found.
 enum Found {
@@ -249,6 +253,66 @@ impl Engine {
             Err(expired) if expired.kind() == ErrorKind::Expired => Err(expired),
             _ => Err(error),
         }
+    }
+
+    /// The network of a task.
+    ///
+    /// # Errors
+    /// When there is no such task.
+    pub async fn task_network(&self, task_id: &str) -> Result<TaskNetwork, Error> {
+        self.set_task_network(task_id, &NetworkChange::default()).await
+    }
+
+    /// Changes what the guest of a task may reach, at once and for its later starts. Open connections that are not allowed
+    /// any more are reset.
+    ///
+    /// # Errors
+    /// When there is no such task, it was made without a network, or a rule cannot be understood.
+    pub async fn set_task_network(
+        &self,
+        task_id: &str,
+        change: &NetworkChange,
+    ) -> Result<TaskNetwork, Error> {
+        match self.find_task(task_id).await? {
+            Found::Supervised(client) => self.unless_expired(task_id, client.network(change).await).await,
+            Found::Alone(lock, mut file) => {
+                let (engine, change) = (self.clone(), change.clone());
+                self.blocking(move || {
+                    let old = file.network.clone();
+                    let changed = !change.is_empty();
+                    if changed {
+                        file.network = change.applied(&old)?;
+                        let directory = engine.inner.registry.task_directory(&file.task_id)?;
+                        file.write(&directory).map_err(|error| Error::state(directory.path(), &error))?;
+                    }
+                    drop(lock);
+                    Ok(TaskNetwork {
+                        network_policy: NetworkPolicy::from(&file.network),
+                        old_digest: changed.then(|| old.digest()),
+                        new_digest: changed.then(|| file.network.digest()),
+                        closed_connections: changed.then_some(0),
+                        counts: None,
+                        task_id: file.task_id,
+                    })
+                })
+                .await
+            }
+        }
+    }
+
+    /// Reads what the guest of a task did on its network, from this offset of the log on.
+    ///
+    /// # Errors
+    /// When there is no such task, or the log cannot be read.
+    pub async fn network_log(&self, task_id: &str, offset: u64) -> Result<NetworkLog, Error> {
+        let (engine, id) = (self.clone(), task_id.to_owned());
+        self.blocking(move || {
+            let path = engine.inner.registry.task_directory(&id)?.path().join(network::LOG);
+            let read = pyro_net::log::read(&path, offset, MOST_LOG);
+            let (entries, next_offset) = read.map_err(|error| Error::state(&path, &error))?;
+            Ok(NetworkLog { task_id: id, count: entries.len(), entries, next_offset })
+        })
+        .await
     }
 
     /// The records of all tasks, as they are on disk.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::network::{NetworkPolicy, guest_ip, tap_name};
 use crate::record::VmState;
 use crate::task::file::TaskFile;
 use crate::task::journal::{EntryStatus, JournalEntry};
@@ -27,6 +28,7 @@ pub struct TaskRecord {
     pub expires_at: f64,
     pub state: VmState,
     pub network_enabled: bool,
+    pub network_policy: NetworkPolicy,
     pub allow_host_compat: bool,
     pub guest_ip: Option<String>,
     pub tap_name: Option<String>,
@@ -168,6 +170,7 @@ impl TaskRecord {
         last: Option<JournalEntry>,
         disk_bytes: u64,
     ) -> Self {
+        let has_network = file.network.has_nic();
         Self {
             task_id: file.task_id,
             environment: file.environment,
@@ -179,10 +182,11 @@ impl TaskRecord {
             created_at: file.created_at,
             expires_at: file.expires_at,
             state: file.state,
-            network_enabled: false,
+            network_enabled: has_network,
+            network_policy: NetworkPolicy::from(&file.network),
             allow_host_compat: file.allow_host_compat,
-            guest_ip: None,
-            tap_name: None,
+            guest_ip: guest_ip(has_network),
+            tap_name: tap_name(has_network),
             execution_mode: file.execution_mode,
             isolation: file.isolation,
             start_mode: file.start_mode,

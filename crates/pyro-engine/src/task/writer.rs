@@ -86,6 +86,7 @@ impl Journal {
             fault: None,
             reason: None,
             request_id: new.request_id,
+            notes: Vec::new(),
         };
         match self.write_start(&entry, starts) {
             Ok(slot) => Ok((Writer { journal: self.clone(), entry, stdout: None, stderr: None }, slot)),

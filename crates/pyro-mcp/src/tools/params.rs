@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::failure::Failure;
+use crate::server::Server;
 use crate::text;
 
 /// A set of parts that together are a tool's arguments.
@@ -71,7 +72,7 @@ pub(super) struct Machine {
     #[serde(default = "ttl_seconds")]
     #[schemars(range(min = 60))]
     ttl_seconds: i64,
-    /// Give the guest a network
+    /// Give the guest the network that this server offers, if it offers one
     #[serde(default)]
     network: bool,
     /// Where no guest can be had, run commands on the user's own machine, without isolation; only when the user asked
@@ -98,9 +99,9 @@ enum Tier {
 
 impl Machine {
     /// As the engine wants it.
-    pub(super) fn spec(self) -> VmSpec {
+    pub(super) fn spec(self, server: &Server) -> Result<VmSpec, Failure> {
         let spec = VmSpec {
-            network: self.network,
+            network: server.network(self.network)?,
             allow_host_compat: self.allow_host_compat,
             require_isolation: self.require_isolation.map(|tier| match tier {
                 Tier::FirecrackerKvm => Isolation::FirecrackerKvm,
@@ -110,7 +111,7 @@ impl Machine {
             ..VmSpec::new(self.environment)
         };
         let disk_mib = spec.disk_mib.into();
-        spec.sized(self.vcpu_count, self.mem_mib, disk_mib, self.ttl_seconds)
+        Ok(spec.sized(self.vcpu_count, self.mem_mib, disk_mib, self.ttl_seconds))
     }
 }
 

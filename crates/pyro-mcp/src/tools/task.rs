@@ -178,7 +178,7 @@ pub(super) fn all() -> Vec<Entry> {
 async fn task_create(server: Server, (machine,): (Machine,), call: Call) -> Result<TaskRecord, Failure> {
     let engine = server.engine().await?;
     let (observer, reporting) = progress::report(&call);
-    let record = call.unless_given_up(engine.create_task(machine.spec(), observer)).await;
+    let record = call.unless_given_up(engine.create_task(machine.spec(&server)?, observer)).await;
     reporting.stop().await;
     record.map(brief)
 }

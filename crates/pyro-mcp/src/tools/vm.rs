@@ -1,6 +1,7 @@
 //! Machines without a journal: one command in a fresh one, or step by step.
 
-use pyro_engine::{Deleted, ExecResult, NetworkInfo, Reaped, VmRecord};
+use pyro_engine::network::NetworkInfo;
+use pyro_engine::{Deleted, ExecResult, Reaped, VmRecord};
 
 use super::params::{Exec, Machine, VmId};
 use super::{About, Effect, Entry, exec, tool};
@@ -121,7 +122,7 @@ async fn vm_run(server: Server, (machine, exec): (Machine, Exec), call: Call) ->
     let (exec, most) = exec.spec()?;
     let engine = server.engine().await?;
     let (observer, reporting) = progress::report(&call);
-    let result = call.unless_given_up(engine.run(machine.spec(), exec, observer)).await;
+    let result = call.unless_given_up(engine.run(machine.spec(&server)?, exec, observer)).await;
     reporting.stop().await;
     Ok(exec::of_machine(result?, most))
 }
@@ -129,7 +130,7 @@ async fn vm_run(server: Server, (machine, exec): (Machine, Exec), call: Call) ->
 async fn vm_create(server: Server, (machine,): (Machine,), call: Call) -> Result<VmRecord, Failure> {
     let engine = server.engine().await?;
     let (observer, reporting) = progress::report(&call);
-    let record = call.unless_given_up(engine.create_vm(machine.spec(), observer)).await;
+    let record = call.unless_given_up(engine.create_vm(machine.spec(&server)?, observer)).await;
     reporting.stop().await;
     record
 }
