@@ -57,6 +57,7 @@ class NetworkPolicyText(TypedDict, total=False):
     open: bool
     allow: List[str]
     deny: List[str]
+    hosts: Dict[str, str]
 
 
 class NetworkPolicy(TypedDict):

@@ -1,5 +1,6 @@
 //! A guest's network, as machines get it: a namespace for each start, and its owner in this process.
 
+use std::collections::BTreeMap;
 use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
@@ -82,6 +83,9 @@ pub struct NetworkPolicy {
     pub allow: Vec<String>,
     /// What is denied.
     pub deny: Vec<String>,
+    /// Names with addresses of their own, from a policy file.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub hosts: BTreeMap<String, String>,
     /// Equal for equal policies.
     pub digest: String,
 }
@@ -93,6 +97,7 @@ impl From<&Policy> for NetworkPolicy {
             mode: policy.mode().as_str().to_owned(),
             allow: texts(policy.allow()),
             deny: texts(policy.deny()),
+            hosts: policy.hosts().iter().map(|(name, to)| (name.clone(), to.to_string())).collect(),
             digest: policy.digest(),
         }
     }
@@ -222,6 +227,7 @@ impl NetworkRequest {
         parts.allow.extend(rules(&self.allow)?);
         parts.deny.extend(rules(&self.deny)?);
         Policy::new(parts.open || self.network, parts.allow, parts.deny)
+            .and_then(|policy| policy.with_hosts(parts.hosts))
             .map_err(|error| invalid(&error.to_string()))
     }
 }

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -20,7 +21,7 @@ use crate::http::{self, Authority};
 use crate::log::{Entry, Kind};
 use crate::network::Shared;
 use crate::policy::{Decision, HOST_NAME, NameCheck, Policy};
-use crate::relay::{Carried, carry, carry_one_way, reset, write_all};
+use crate::relay::{Carried, Counted, carry, carry_one_way, reset, write_all};
 use crate::resolver;
 
 /// How long a TLS hello may take, once a connection that must begin with one is there.
@@ -123,7 +124,7 @@ pub(crate) async fn serve(shared: Arc<Shared>, guest: TcpStream, revoked: onesho
         return reset(&guest);
     }
     drop(guest.set_nodelay(true));
-    let carried = Carried::default();
+    let carried = Arc::<Carried>::default();
     let connection =
         Connection { shared: &shared, policy: &policy, destination: &destination, carried: &carried };
     let must_match =
@@ -171,7 +172,7 @@ struct Connection<'a> {
     shared: &'a Arc<Shared>,
     policy: &'a Policy,
     destination: &'a Destination,
-    carried: &'a Carried,
+    carried: &'a Arc<Carried>,
 }
 
 impl Connection<'_> {
@@ -239,16 +240,22 @@ impl Connection<'_> {
         revoked: oneshot::Receiver<()>,
     ) -> Result<(), Failed> {
         let Target::Name(name) = &self.destination.target else { return Ok(()) };
+        // Of the same socket: the stream itself is the parser's from here on.
+        let socket = guest.as_fd().try_clone_to_owned()?;
         let authority = Authority { name: name.clone(), port: self.destination.port, usual_port: HTTP };
         let server = Server {
             shared: Arc::clone(self.shared),
             policy: self.policy.clone(),
             destination: self.destination.clone(),
             decision,
+            carried: Arc::clone(self.carried),
         };
         tokio::select! {
             served = http::serve(guest, authority, server) => Ok(served?),
-            _ = revoked => Err(Failed::Revoked),
+            _ = revoked => {
+                _ = rustix::net::sockopt::set_socket_linger(socket, Some(Duration::ZERO));
+                Err(Failed::Revoked)
+            }
         }
     }
 }
@@ -259,14 +266,16 @@ struct Server {
     policy: Policy,
     destination: Destination,
     decision: Decision,
+    carried: Arc<Carried>,
 }
 
 impl http::Upstream for Server {
-    type Stream = TcpStream;
+    type Stream = Counted<TcpStream>;
 
-    async fn connect(&self) -> io::Result<TcpStream> {
+    async fn connect(&self) -> io::Result<Self::Stream> {
         let Destination { target, port, .. } = &self.destination;
-        self.shared.dialer.dial(&self.policy, target, *port).await.map_err(io::Error::other)
+        let dialled = self.shared.dialer.dial(&self.policy, target, *port).await;
+        Ok(Counted::new(dialled.map_err(io::Error::other)?, Arc::clone(&self.carried)))
     }
 
     fn decide(&self, method: &str, path: &str, refused: Option<&'static str>) -> Result<(), String> {

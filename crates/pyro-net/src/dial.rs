@@ -77,6 +77,11 @@ impl Dialer {
         target: &Target,
         port: u16,
     ) -> Result<TcpStream, DialError> {
+        if let Target::Name(name) = target
+            && let Some(pinned) = policy.pinned(name, port)
+        {
+            return self.connect(vec![pinned]).await;
+        }
         let addresses = match target {
             Target::Host => vec![IpAddr::V4(Ipv4Addr::LOCALHOST)],
             Target::Address(address) => vec![IpAddr::V4(*address)],
@@ -90,7 +95,10 @@ impl Dialer {
         if addresses.is_empty() {
             return Err(DialError::Forbidden);
         }
-        let targets = addresses.into_iter().map(|address| SocketAddr::new(address, port)).collect();
+        self.connect(addresses.into_iter().map(|address| SocketAddr::new(address, port)).collect()).await
+    }
+
+    async fn connect(&self, targets: Vec<SocketAddr>) -> Result<TcpStream, DialError> {
         match tokio::time::timeout(CONNECTED_WITHIN, first_of(targets, TcpStream::connect)).await {
             Ok(Ok(stream)) => {
                 // What a guest sends in pieces is passed on in pieces.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::connect::{self, Destination};
@@ -68,6 +68,8 @@ pub(crate) struct Shared {
     policy: RwLock<Arc<Policy>>,
     names: Mutex<Names>,
     log: Mutex<Log>,
+    /// Told of each entry.
+    recorded: Notify,
     pub(crate) dialer: Dialer,
     open: Mutex<Open>,
     queries: Arc<Semaphore>,
@@ -99,6 +101,7 @@ impl Network {
             policy: RwLock::new(Arc::new(settings.policy)),
             names: Mutex::new(names),
             log: Mutex::new(log),
+            recorded: Notify::new(),
             dialer: Dialer::new(),
             open: Mutex::default(),
             queries: Arc::new(Semaphore::new(QUERIES)),
@@ -174,6 +177,7 @@ impl Shared {
     /// Writes an entry down.
     pub(crate) fn record(&self, entry: Entry) {
         self.log().record(entry, Instant::now());
+        self.recorded.notify_one();
     }
 
     fn note_policy(&self, why: &str) {
@@ -257,9 +261,10 @@ async fn one(shared: Arc<Shared>, guest: TcpStream) {
     }
 }
 
-/// Writes what was counted and not yet written.
+/// Writes what was counted and not yet written; an idle guest wakes nobody.
 async fn write_counts(shared: Arc<Shared>) {
     loop {
+        shared.recorded.notified().await;
         tokio::time::sleep(LOG_PERIOD).await;
         shared.log().flush(Instant::now());
     }

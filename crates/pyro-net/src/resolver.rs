@@ -170,7 +170,7 @@ async fn alias(shared: &Shared, name: &str) -> Result<Ipv4Addr, Failed> {
         return Err(Failed::TooMany);
     }
     let mut real = Vec::new();
-    if name != HOST_NAME {
+    if name != HOST_NAME && !shared.policy().hosts().contains_key(name) {
         let found = match shared.dialer.resolve(name).await {
             Ok(found) => found,
             Err(DialError::Unresolved(_)) => return Err(Failed::Unresolved),

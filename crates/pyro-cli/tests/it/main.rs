@@ -10,6 +10,7 @@ mod drops;
 mod failures;
 mod kill;
 mod ledger;
+mod network;
 mod odd_host;
 mod power_loss;
 mod run;

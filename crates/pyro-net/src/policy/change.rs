@@ -67,7 +67,7 @@ impl Policy {
             Some(opening) => opening == Opening::Open,
             None => self.mode == super::Mode::Open,
         };
-        Ok(Self::new(open, allow, deny)?)
+        Ok(Self::new(open, allow, deny)?.with_hosts(self.hosts.clone())?)
     }
 }
 

@@ -7,14 +7,15 @@
 //! open = false
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{PolicyFileError, Rule};
+use super::name::normal;
+use super::{Hosts, PolicyFileError, Rule, RuleError};
 
 /// The longest policy file, in bytes.
 pub const MAX_FILE: u64 = 256 << 10;
@@ -39,6 +40,8 @@ pub struct PolicyText {
     pub allow: Vec<String>,
     /// Rules that deny.
     pub deny: Vec<String>,
+    /// Names with addresses of their own, as in a hosts file. The outermost file that has a name decides.
+    pub hosts: BTreeMap<String, String>,
 }
 
 /// The rules of a policy with everything that it includes.
@@ -50,6 +53,8 @@ pub struct PolicyParts {
     pub allow: Vec<Rule>,
     /// Rules that deny.
     pub deny: Vec<Rule>,
+    /// Names with addresses of their own.
+    pub hosts: Hosts,
 }
 
 /// Reads the policy file that a user named, and all that it includes. A value without a slash is the name of a file
@@ -168,6 +173,20 @@ impl<'a> Loader<'a> {
                     rule.map_err(|fault| PolicyFileError::Rule { path: path.to_owned(), key, fault })?;
                 if key == "allow" { self.parts.allow.push(rule) } else { self.parts.deny.push(rule) }
             }
+        }
+        for (name, address) in &text.hosts {
+            let written = format!("{name} = {address}");
+            let fault = |reason: String| PolicyFileError::Rule {
+                path: path.to_owned(),
+                key: "hosts",
+                fault: RuleError {
+                    rule: written.chars().flat_map(char::escape_debug).take(128).collect(),
+                    reason,
+                },
+            };
+            let name = normal(name).map_err(|error| fault(error.to_string()))?;
+            let address = address.parse().map_err(|reason: &str| fault(reason.to_owned()))?;
+            self.parts.hosts.insert(name, address);
         }
         Ok(text.open.or(included))
     }

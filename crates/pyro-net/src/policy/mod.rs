@@ -10,9 +10,13 @@ mod file;
 mod file_error;
 mod name;
 mod parse;
+mod pinned;
 mod ports;
 mod record;
 mod rule;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 pub use change::{Change, ChangeError, Opening};
 pub use decision::{Decision, NameCheck, Why};
@@ -20,6 +24,7 @@ pub use file::{MAX_FILE, PolicyParts, PolicyText, load};
 pub use file_error::PolicyFileError;
 pub use name::HOST_NAME;
 pub(crate) use name::is_normal;
+pub use pinned::Pinned;
 pub use rule::{Rule, RuleError};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -60,7 +65,11 @@ pub struct Policy {
     mode: Mode,
     allow: Vec<Rule>,
     deny: Vec<Rule>,
+    hosts: Hosts,
 }
+
+/// Names with the addresses that a policy gives them.
+pub type Hosts = BTreeMap<String, Pinned>;
 
 /// A policy that cannot be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -81,7 +90,7 @@ pub enum PolicyError {
 impl Policy {
     /// The policy of a guest without a network device.
     pub const fn none() -> Self {
-        Self { mode: Mode::None, allow: Vec::new(), deny: Vec::new() }
+        Self { mode: Mode::None, allow: Vec::new(), deny: Vec::new(), hosts: Hosts::new() }
     }
 
     /// Makes the policy of a guest with a network device.
@@ -99,7 +108,31 @@ impl Policy {
             (false, false) => Mode::Allow,
             (false, true) => Mode::Deny,
         };
-        Ok(Self { mode, allow, deny })
+        Ok(Self { mode, allow, deny, hosts: Hosts::new() })
+    }
+
+    /// Gives names addresses of their own, as a hosts file does. A name needs a rule all the same.
+    ///
+    /// # Errors
+    /// When there are more than [`MAX_RULES`].
+    pub fn with_hosts(mut self, hosts: Hosts) -> Result<Self, PolicyError> {
+        if hosts.len() > MAX_RULES {
+            return Err(PolicyError::TooManyRules { count: hosts.len() });
+        }
+        if self.has_nic() {
+            self.hosts = hosts;
+        }
+        Ok(self)
+    }
+
+    /// The addresses that the policy gives to names.
+    pub fn hosts(&self) -> &Hosts {
+        &self.hosts
+    }
+
+    /// Where a connection to this name and port goes, if the policy says so.
+    pub fn pinned(&self, name: &str, port: u16) -> Option<SocketAddr> {
+        self.hosts.get(name).map(|pinned| SocketAddr::new(pinned.address, pinned.port.unwrap_or(port)))
     }
 
     /// How this policy treats what no rule names.
@@ -135,6 +168,9 @@ impl Policy {
             for rule in rules {
                 hash.update(format!("{verb} {rule}\n"));
             }
+        }
+        for (name, address) in &self.hosts {
+            hash.update(format!("host {name} {address}\n"));
         }
         hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
     }

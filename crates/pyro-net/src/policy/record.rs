@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Mode, Policy, PolicyError, Rule};
+use super::{Hosts, Mode, Policy, PolicyError, Rule};
 
 /// The recorded form. `digest` may be absent, as in a record that a person wrote.
 #[derive(Serialize, Deserialize)]
@@ -13,6 +13,8 @@ pub(super) struct Record {
     allow: Vec<Rule>,
     #[serde(default)]
     deny: Vec<Rule>,
+    #[serde(default, skip_serializing_if = "Hosts::is_empty")]
+    hosts: Hosts,
     #[serde(default)]
     digest: Option<String>,
 }
@@ -20,8 +22,8 @@ pub(super) struct Record {
 impl From<Policy> for Record {
     fn from(policy: Policy) -> Self {
         let digest = Some(policy.digest());
-        let Policy { mode, allow, deny } = policy;
-        Self { mode, allow, deny, digest }
+        let Policy { mode, allow, deny, hosts } = policy;
+        Self { mode, allow, deny, hosts, digest }
     }
 }
 
@@ -29,11 +31,11 @@ impl TryFrom<Record> for Policy {
     type Error = PolicyError;
 
     fn try_from(record: Record) -> Result<Self, PolicyError> {
-        let Record { mode, allow, deny, digest } = record;
+        let Record { mode, allow, deny, hosts, digest } = record;
         let policy = match mode {
-            Mode::None if allow.is_empty() && deny.is_empty() => Self::none(),
+            Mode::None if allow.is_empty() && deny.is_empty() && hosts.is_empty() => Self::none(),
             Mode::None => return Err(PolicyError::Inconsistent("mode 'none' has no rules")),
-            _ => Self::new(mode == Mode::Open, allow, deny)?,
+            _ => Self::new(mode == Mode::Open, allow, deny)?.with_hosts(hosts)?,
         };
         if policy.mode != mode {
             return Err(PolicyError::Inconsistent("its mode does not fit its rules"));
