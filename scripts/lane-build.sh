@@ -24,6 +24,9 @@ if [ ! -s "$lane/base.cpio" ] || [ "$0" -nt "$lane/base.cpio" ]; then
     cp /bin/busybox "$root/bin/"
     for name in $(/bin/busybox --list); do ln -s busybox "$root/bin/$name" 2> /dev/null || true; done
     modules='virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk libcrc32c erofs irqbypass kvm kvm-amd tun'
+    # For the networks of guests, each after what it needs.
+    modules="$modules nfnetlink nf_tables nf_reject_ipv4 nf_reject_ipv6 nft_reject nft_reject_inet nf_defrag_ipv4 nf_defrag_ipv6"
+    modules="$modules nf_tproxy_ipv4 nf_tproxy_ipv6 nft_tproxy nft_limit"
     for module in $modules; do
         strip -g -o "$root/modules/$module.ko" "$(find "$lane/kernel" -name "$module.ko")"
     done
@@ -49,7 +52,7 @@ for module in $modules; do insmod /modules/\$module.ko || echo "no module \$modu
 mount -t cgroup2 cgroup /sys/fs/cgroup
 mount -t erofs -o ro /dev/vda /lane
 chmod 1777 /tmp
-chmod 666 /dev/kvm
+chmod 666 /dev/kvm /dev/net/tun
 ip link set lo up
 # A guest whose wake-up was lost goes on when the helper's processor has something else to do.
 while :; do usleep 20000; done &

@@ -36,9 +36,9 @@ if [ -n "${PYRO_TEST_CASES:-}" ]; then
     exit $status
 fi
 # The longest cases go beside the others. Who is not root gets another confinement: what differs by it is run again.
-long=template,outlives,panic
+long=template,outlives,panic,allows
 {
-    run nobody PYRO_TEST_CASES=exit_code,confined,missing_element,owner,goes_on scripts/lane.sh nobody &&
+    run nobody PYRO_TEST_CASES=exit_code,confined,missing_element,owner,goes_on,allows scripts/lane.sh nobody &&
         run long PYRO_TEST_CASES=$long scripts/lane.sh root
 } &
 run root PYRO_TEST_CASES="-$(echo $long | sed 's/,/,-/g')" scripts/lane.sh root || status=$?

@@ -55,7 +55,11 @@ pub(super) async fn killed(bench: &Bench) {
 }
 
 pub(super) async fn dropped(bench: &Bench) {
-    let guest = bench.boot().await;
+    is_gone(bench.boot().await).await;
+}
+
+/// Drops a machine and waits until nothing of it is left.
+pub(super) async fn is_gone(guest: Guest) {
     let (pid, dir) = (guest.running.machine.pid(), guest.dir.clone());
     drop(guest);
     let deadline = std::time::Instant::now() + DEADLINE;

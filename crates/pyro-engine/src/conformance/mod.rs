@@ -11,6 +11,7 @@ mod drivers;
 mod guest;
 mod inject;
 mod machine;
+mod network;
 mod owner;
 
 use std::path::PathBuf;
@@ -88,6 +89,11 @@ async fn all(name: &'static str, (driver, _kept): Had, files: PathBuf) {
     suite.case("a_panic_of_the_guest_is_told", async |bench| machine::panics(bench).await).await;
     suite.case("a_saved_machine_goes_on_in_others", async |bench| machine::restores(bench).await).await;
     suite.case("a_template_serves_24_times", async |bench| machine::template(bench).await).await;
+    suite
+        .case("a_guest_reaches_what_its_policy_allows", async |bench| {
+            network::reaches_what_is_allowed(bench).await
+        })
+        .await;
     suite.case("a_kernel_that_is_none_is_refused", async |bench| machine::no_kernel(bench).await).await;
     suite.case("a_missing_element_is_noticed", async |bench| confinement::is_missed(bench).await).await;
     suite.end();
