@@ -52,9 +52,9 @@ pub(crate) async fn until_low(dir: &Path, is_busy: impl Fn() -> bool) {
     }
 }
 
-/// Waits until there is room again: twice the floor, so that not every freed block lets a guest go on.
+/// Waits until there is room again: some more than the floor, so that not every freed block lets a guest go on.
 pub(crate) async fn until_back(dir: &Path) {
-    while Room::of(dir).is_none_or(|room| room.free < 2 * room.floor) {
+    while Room::of(dir).is_none_or(|room| room.free < room.floor + room.floor / 4) {
         tokio::time::sleep(SHORTEST_IDLE).await;
     }
 }
