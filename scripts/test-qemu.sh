@@ -13,8 +13,14 @@ cp -L --sparse=always "$PWD"/target/tmp/guest/* "$own/guest/"
 cp "$tests" "$own/tests"
 chmod -R a+rX "$own"
 chown nobody "$own/tmp"
-env TMPDIR="$own/tmp" PYRO_TEST_GUEST="$own/guest" PYRO_TEST_CASES=exit_code,confined,reach_the_host,missing_element,goes_on \
-    setpriv --reuid=nobody --regid=nogroup --clear-groups \
+# Most distributions open the tap device to all users; where this one does not, its user sees one that is.
+as_nobody() {
+    # shellcheck disable=SC2016 # the inner shell expands them
+    unshare --mount sh -c '
+        mknod "$0/tun" c 10 200 && chmod 666 "$0/tun" && mount --bind "$0/tun" /dev/net/tun
+        exec setpriv --reuid=nobody --regid=nogroup --clear-groups "$@"' "$own" "$@"
+}
+as_nobody env TMPDIR="$own/tmp" PYRO_TEST_GUEST="$own/guest" PYRO_TEST_CASES=exit_code,confined,reach_the_host,missing_element,goes_on,allows \
     "$own/tests" conformance::conformance_of_qemu --exact --nocapture > "$own/log" 2>&1 || { cat "$own/log"; exit 1; }
 sed -n 's/^conformance: qemu/conformance: qemu as an ordinary user/p' "$own/log"
 grep -q '^conformance: qemu: [1-9][0-9]* cases passed' "$own/log"
