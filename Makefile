@@ -22,10 +22,12 @@ bench: setup ## Measure what SPECIFICATION.md promises
 	scripts/bench.sh figures
 bench-start: setup ## Measure how soon a sandbox is there, and what it takes of memory
 	scripts/bench.sh start
+bench-network: setup ## Measure what a guest's network costs
+	scripts/bench.sh network
 bench-mcp: setup ## Measure what the MCP server adds to the engine's own time
 	scripts/bench.sh mcp
 bench-python: setup ## Measure what a call from Python costs
 	scripts/bench.sh python
 setup: ## Install what a fresh Debian machine lacks
 	@scripts/setup.sh
-.PHONY: help run test test-firecracker test-qemu check chaos fuzz wheel kernel bench bench-start bench-mcp bench-python setup
+.PHONY: help run test test-firecracker test-qemu check chaos fuzz wheel kernel bench bench-start bench-network bench-mcp bench-python setup

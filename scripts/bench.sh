@@ -1,5 +1,5 @@
 #!/bin/sh
-# Measures what SPECIFICATION.md promises: `bench.sh figures`, `bench.sh start`, `bench.sh mcp`, `bench.sh python`.
+# Measures what SPECIFICATION.md promises: `bench.sh figures`, `bench.sh start`, `bench.sh network`, `bench.sh mcp`, `bench.sh python`.
 set -eu
 cargo build --quiet --release -p pyro-cli
 export PYRO_PROGRAM="$PWD/target/release/pyro"

@@ -28,6 +28,7 @@ const SUPERVISOR_LAST_WORK: Duration = Duration::from_millis(300);
 
 fn main() -> ExitCode {
     pyro_engine::make_file_limits_errors();
+    pyro_engine::raise_file_limit();
     let cli = Cli::parse();
     if let Verb::Supervise { .. } = cli.verb {
         return supervise();

@@ -6,6 +6,7 @@
 
 #![expect(clippy::print_stdout, reason = "a bench prints its figures")]
 
+#[allow(dead_code, reason = "each bench uses its own part of it")]
 mod support;
 
 use std::path::Path;

@@ -65,7 +65,7 @@ pub use task::{
 };
 pub use template::PreparedTemplate;
 
-pub use pyro_process::make_file_limits_errors;
+pub use pyro_process::{make_file_limits_errors, raise_file_limit};
 
 pub use pyro_image::{Check, Entry, Inspection, Pruned, Pulled, TemplateEntry};
 pub use pyro_vmm::Isolation;

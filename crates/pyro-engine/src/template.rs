@@ -340,11 +340,8 @@ fn asked_for(environment: &Environment, spec: &VmSpec) -> AskedFor {
 /// What a template of this machine is named by; none where its VMM cannot save one.
 fn shape(vmm: &Driver, spec: &MachineSpec, disk_mib: u32, has_nic: bool) -> Option<TemplateShape> {
     let Capabilities { snapshot: true, .. } = vmm.capabilities() else { return None };
-    let mut fingerprint = vmm.fingerprint(spec);
-    if has_nic {
-        // A machine that was saved with a network device goes on only with one, and the other way round.
-        fingerprint.machine.push_str(" nic");
-    }
+    // A machine that was saved with a network device goes on only with one, and the other way round.
+    let fingerprint = vmm.fingerprint(spec, has_nic);
     Some(TemplateShape {
         vcpus: spec.vcpus,
         memory_mib: spec.memory_mib,

@@ -19,8 +19,12 @@ use crate::policy::Policy;
 use crate::relay::reset;
 use crate::resolver::Queries;
 
-/// Connections that a guest may have at the same time: each costs two descriptors and the kernel's buffers.
+/// Connections that a guest may have at the same time: each costs descriptors and the kernel's buffers.
 const CONNECTIONS: usize = 1024;
+/// Descriptors that a connection takes at the most.
+const DESCRIPTORS_EACH: usize = 3;
+/// Descriptors that are left to the rest of the process, which must work whatever a guest does.
+const DESCRIPTORS_KEPT: usize = 256;
 /// Queries that are answered at the same time.
 const QUERIES: usize = 64;
 /// New names within [`NAMES_PERIOD`]: a name that is looked up can carry data to its own name servers.
@@ -226,13 +230,21 @@ impl Shared {
     }
 }
 
+/// How many connections a guest may have in a process that may have so many descriptors.
+fn most_connections() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
+    (limit.saturating_sub(DESCRIPTORS_KEPT) / DESCRIPTORS_EACH).clamp(16, CONNECTIONS)
+}
+
 /// Accepts connections for ever. They end when this ends.
 async fn accept(shared: Arc<Shared>, listener: TcpListener) {
+    let most = most_connections();
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((guest, _)) if connections.len() < CONNECTIONS => {
+                Ok((guest, _)) if connections.len() < most => {
                     connections.spawn(one(Arc::clone(&shared), guest));
                 }
                 Ok((guest, _)) => reset(&guest),

@@ -16,6 +16,8 @@ use crate::names::NamesError;
 use crate::network::Shared;
 use crate::policy::HOST_NAME;
 
+/// The pause after an error of the socket, so that one that stays costs little.
+const AFTER_ERROR: Duration = Duration::from_millis(10);
 /// How long a connection may be idle.
 const STREAM_IDLE: Duration = Duration::from_secs(10);
 
@@ -39,7 +41,10 @@ impl Queries {
             let (bytes, from, to) = match queries.receive().await {
                 Ok(received) => received,
                 // A reply that was refused comes back as an error of the socket.
-                Err(_) => continue,
+                Err(_) => {
+                    tokio::time::sleep(AFTER_ERROR).await;
+                    continue;
+                }
             };
             if bytes.len() > MAX_UDP {
                 continue;
@@ -111,10 +116,14 @@ pub(crate) async fn serve_stream(shared: &Arc<Shared>, mut guest: TcpStream) {
 /// The reply to a query, which is written down first. A name that the policy does not allow is asked of nobody.
 async fn answer(shared: &Shared, query: &Query) -> Vec<u8> {
     let name = query.name();
-    let allowed = shared.policy().answers(name);
+    // A service of an allowed name, such as `_http._tcp.deb.debian.org`: it has none here, which is no denial.
+    let host = name.split_once("._tcp.").or_else(|| name.split_once("._udp.")).map(|(_, host)| host);
+    let is_service = host.is_some_and(|host| shared.policy().answers(host));
+    let allowed = is_service || shared.policy().answers(name);
     let mut address = None;
     let mut why = if allowed { "the policy allows it" } else { "the policy does not allow it" }.to_owned();
-    let reply = match reply_for(query.kind(), allowed) {
+    let plan = if is_service { Plan::Reply(Reply::Empty) } else { reply_for(query.kind(), allowed) };
+    let reply = match plan {
         Plan::Reply(reply) => reply,
         Plan::Alias => match alias(shared, name).await {
             Ok(found) => {

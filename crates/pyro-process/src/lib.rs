@@ -26,7 +26,7 @@ mod spawn;
 pub use child::{Child, Exit, Output, output};
 pub use descriptors::{HandOverError, descriptors_from_child};
 pub use jail::{Bind, Jail, has_landlock};
-pub use limits::make_file_limits_errors;
+pub use limits::{make_file_limits_errors, raise_file_limit};
 pub use other::{Holder, Other, lock_holder, lock_within};
 pub use rustix::process::Resource;
 pub use rustix::thread::UnshareFlags as Namespaces;

@@ -65,10 +65,10 @@ impl Vmm for Driver {
         }
     }
 
-    fn fingerprint(&self, spec: &MachineSpec) -> Fingerprint {
+    fn fingerprint(&self, spec: &MachineSpec, has_nic: bool) -> Fingerprint {
         match self {
-            Self::Firecracker(driver) => driver.fingerprint(spec),
-            Self::Qemu(driver) => driver.fingerprint(spec),
+            Self::Firecracker(driver) => driver.fingerprint(spec, has_nic),
+            Self::Qemu(driver) => driver.fingerprint(spec, has_nic),
         }
     }
 

@@ -41,8 +41,8 @@ pub trait Vmm: Send + Sync {
     fn capabilities(&self) -> Capabilities;
 
     /// What a saved machine and the one that goes on from it must have in common, besides the sizes of the spec and the
-    /// contents of its files.
-    fn fingerprint(&self, spec: &MachineSpec) -> Fingerprint;
+    /// contents of its files. `has_nic` tells whether it has a network device, which the spec need not hold yet.
+    fn fingerprint(&self, spec: &MachineSpec, has_nic: bool) -> Fingerprint;
 
     /// Starts a machine; it resolves when the VMM has accepted the whole configuration and the guest runs.
     ///

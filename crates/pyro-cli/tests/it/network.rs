@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::support::{Pyro, parse, text};
+use crate::support::{Pyro, parse, peak_kib, text};
 
 /// A server of this host that remembers who came.
 struct Server {
@@ -406,5 +406,45 @@ fn a_host_that_gives_no_tap_is_told_with_its_remedy_and_other_guests_run() {
     assert_eq!(result["exit_code"], 0, "{result}");
     let doctor = parse(&pyro.run(&["doctor", "--json"]));
     assert_eq!(doctor["capabilities"]["guest_network"], false, "{doctor}");
+    pyro.assert_empty();
+}
+
+#[test]
+fn floods_of_a_guest_cost_little_and_leave_its_network_usable() {
+    let (pyro, dir) = (Pyro::new(), tempfile::tempdir().expect("a directory"));
+    let server = Server::echo();
+    let file =
+        policy(&dir, &format!("allow = ['up.test']\n[hosts]\n'up.test' = '127.0.0.1:{}'\n", server.port));
+    let id = create(&pyro, &["--network-policy", &file]);
+    assert_eq!(says(&pyro, &id, &format!("{PROBE}\nprobe up.test 7")), "open up.test:7");
+    let supervisor = pyro.supervisor(&id).expect("it lives");
+    let before = peak_kib(supervisor).expect("it lives");
+    let script = r#"
+        use strict; use IO::Socket::INET; $SIG{PIPE} = 'IGNORE';
+        # More connections than a guest may have, all open at the same time.
+        my @children;
+        for my $part (1 .. 2) {
+            my $child = fork // die; push @children, $child; next if $child;
+            my @open; for (1 .. 700) { my $to = IO::Socket::INET->new(PeerAddr => 'up.test', PeerPort => 7, Timeout => 5); push @open, $to if $to }
+            sleep 2; exit 0;
+        }
+        my $resolver = IO::Socket::INET->new(Proto => 'udp', PeerAddr => '198.18.0.1', PeerPort => 53) or die;
+        for my $number (1 .. 5000) {
+            my $name = "n$number"; send $resolver, pack('n6', $number, 0x100, 1, 0, 0, 0) . chr(length $name) . $name . pack('Cnn', 0, 1, 1), 0;
+        }
+        for my $port (1 .. 600) { IO::Socket::INET->new(PeerAddr => '10.0.0.1', PeerPort => $port, Timeout => 1) }
+        waitpid $_, 0 for @children;
+        print "done\n";
+    "#;
+    let line = ["task", "exec", &id, "--timeout-seconds", "200", "--", "perl", "-e", script];
+    assert_eq!(pyro.ok(&line), "done");
+    let taken = peak_kib(supervisor).expect("it lives") - before;
+    assert!(taken < 48 << 10, "the supervisor has taken {taken} KiB more");
+    let log = fs::metadata(pyro.task_file(&id, "network.jsonl")).expect("there").len();
+    assert!(log < 2 << 20, "{log} bytes of log");
+    pyro.until("connections that have ended make room", |pyro| {
+        says(pyro, &id, &format!("{PROBE}\nprobe up.test 7")) == "open up.test:7"
+    });
+    pyro.ok(&["task", "delete", &id]);
     pyro.assert_empty();
 }

@@ -4,8 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pyro_engine::EngineConfig;
+use pyro_process::Spawn;
 use pyro_vmm::host::{HostFacts, find_qemu};
 use pyro_vmm::{Accel, Confine, DiskCache, MachineSpec, Qemu, QemuConfig};
+
+/// Machines that the program may have at the same time.
+pub(crate) const CAP: u32 = 16;
 
 pub(crate) fn variable(name: &str) -> PathBuf {
     std::env::var_os(name).map(PathBuf::from).unwrap_or_else(|| panic!("{name} is not set; use `make bench`"))
@@ -16,6 +20,7 @@ pub(crate) fn config(state: &Path, max_active_vms: u32) -> EngineConfig {
     EngineConfig {
         state_dir: state.to_owned(),
         cache_dir: variable("PYRO_TEST_ENVIRONMENTS"),
+        policies_dir: None,
         apt_sources: None,
         tool_path: std::env::var_os("PATH").unwrap_or_default(),
         backend: None,
@@ -84,5 +89,19 @@ pub(crate) fn machine(dir: &Path, boot: [PathBuf; 2], disks: [PathBuf; 2]) -> Ma
         memory_mib: 1024,
         kernel_args: Vec::new(),
         savable: false,
+        nic: None,
     }
+}
+
+/// What a command of the program prints; it must succeed.
+pub(crate) fn pyro(config: &EngineConfig, words: &[&str]) -> String {
+    let program: PathBuf = variable("PYRO_TEST_PROGRAM");
+    let mut spawn = Spawn::new(program, Path::new("/"));
+    spawn.args(words).env("HOME", "/").env("PATH", &config.tool_path);
+    spawn.env("PYRO_STATE_DIR", &config.state_dir).env("PYRO_ENVIRONMENT_CACHE_DIR", &config.cache_dir);
+    spawn.env("PYRO_MAX_ACTIVE_VMS", CAP.to_string());
+    let output = pyro_process::output(spawn).expect("it runs");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{words:?}: {stderr}");
+    String::from_utf8(output.stdout).expect("text")
 }

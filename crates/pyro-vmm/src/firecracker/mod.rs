@@ -167,12 +167,12 @@ impl Vmm for Firecracker {
         }
     }
 
-    fn fingerprint(&self, spec: &MachineSpec) -> Fingerprint {
+    fn fingerprint(&self, spec: &MachineSpec, has_nic: bool) -> Fingerprint {
         let [binary, kernel, processor] =
             [program_identity(&self.config.binary), kernel_command_line(spec), cpu_identity()];
         // What the disk promises of its cache is written into the saved machine.
         let cache = cache_type(spec.overlay_cache);
-        let nic = if spec.nic.is_some() { " nic" } else { "" };
+        let nic = if has_nic { " nic" } else { "" };
         let machine =
             format!("firecracker {} {binary} {cache} {kernel} {processor}{nic}", self.config.version);
         Fingerprint { machine, tsc_khz: None }

@@ -38,6 +38,9 @@ const TCG: &str = "tcg,tb-size=128";
 /// five-level paging cost more than they give when they are emulated.
 const TCG_CPU: &str = "max,erms=off,fsrm=off,la57=off";
 
+/// A restored guest need not announce itself to a switch: its peer is always the same. The announcement is work for the guest.
+const NIC: &str = "virtio-net-device,guest_announce=off";
+
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
 /// A reboot ends the machine (with `-no-reboot`). The serial console costs 1 to 3 % of a boot and is the only witness of a
@@ -163,7 +166,7 @@ pub(super) fn arguments(config: &QemuConfig, spec: &MachineSpec, paths: &Paths) 
     args.disk("overlay", &overlay_disk(&paths.overlay, spec.overlay_cache));
     if let Some(nic) = &spec.nic {
         args.option("-netdev", format!("tap,id=net,fd={TAP_FD}"));
-        args.option("-device", format!("virtio-net-device,netdev=net,mac={}", nic.mac_text()));
+        args.option("-device", format!("{NIC},netdev=net,mac={}", nic.mac_text()));
     }
     args.0
 }
@@ -255,14 +258,14 @@ fn kernel_command_line(accel: Accel, spec: &MachineSpec) -> String {
 }
 
 /// All that two machines must have in common for one to go on where the other was saved, but for the rate of the TSC.
-pub(super) fn fingerprint(config: &QemuConfig, spec: &MachineSpec) -> String {
+pub(super) fn fingerprint(config: &QemuConfig, spec: &MachineSpec, has_nic: bool) -> String {
     let accel = match config.accel {
         Accel::Kvm => Accel::Kvm,
         Accel::Tcg { .. } => Accel::Tcg { tsc_khz: None },
     };
     let kernel = kernel_command_line(accel, spec);
-    let nic = if spec.nic.is_some() { " nic" } else { "" };
-    format!("{MACHINE} {FIRMWARE} {} {} {kernel}{nic}", accelerator(accel, spec.vcpus), cpu(accel))
+    let nic = if has_nic { NIC } else { "" };
+    format!("{MACHINE} {FIRMWARE} {} {} {kernel} {nic}", accelerator(accel, spec.vcpus), cpu(accel))
 }
 
 fn cpu(accel: Accel) -> &'static str {
@@ -376,9 +379,9 @@ mod tests {
         let (config, without) = (config(Accel::Kvm), spec());
         let with = MachineSpec { nic: Some(nic), ..without.clone() };
         let line = line(&config, &with);
-        let end = "-netdev tap,id=net,fd=6\n-device virtio-net-device,netdev=net,mac=02:70:79:72:6f:02";
+        let end = "-netdev tap,id=net,fd=6\n-device virtio-net-device,guest_announce=off,netdev=net,mac=02:70:79:72:6f:02";
         assert!(line.ends_with(end), "{line}");
-        assert_ne!(fingerprint(&config, &with), fingerprint(&config, &without));
+        assert_ne!(fingerprint(&config, &without, true), fingerprint(&config, &without, false));
     }
 
     #[test]

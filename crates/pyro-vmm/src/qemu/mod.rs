@@ -171,9 +171,9 @@ impl Vmm for Qemu {
         Capabilities { isolation, pause: true, snapshot: true, max_vcpus, channel, tap_by }
     }
 
-    fn fingerprint(&self, spec: &MachineSpec) -> Fingerprint {
+    fn fingerprint(&self, spec: &MachineSpec, has_nic: bool) -> Fingerprint {
         let binary = program_identity(&self.config.binary);
-        let machine = command_line::fingerprint(&self.config, spec);
+        let machine = command_line::fingerprint(&self.config, spec, has_nic);
         let (processor, tsc_khz) = match self.config.accel {
             Accel::Kvm => (cpu_identity(), None),
             Accel::Tcg { tsc_khz } => (String::new(), tsc_khz),
