@@ -135,7 +135,6 @@ REFUSALS = [
      "unknown environment 'nope'; expected one of: debian:12, debian:12-base, debian:12-build"),
     ("create_task", {**SMALL, "require_isolation": "firecracker-kvm"}, "isolation_unavailable",
      "isolation 'firecracker-kvm' was required; this host gives 'qemu-tcg'"),
-    ("create_task", {**SMALL, "network": True}, "invalid_value", "network=true is not available: guests have no network"),
     ("status_task", {"task_id": "0123456789ab"}, "not_found", "task '0123456789ab' does not exist"),
     ("exec_task", {"task_id": "../../x", "command": ["true"]}, "not_found", "task '../../x' does not exist"),
     ("delete_task", {"task_id": ""}, "not_found", "task '' does not exist"),
@@ -146,11 +145,11 @@ REFUSALS = [
 EXEC_KEYS = {
     "environment", "environment_version", "command", "stdout", "stderr", "exit_code", "duration_ms", "execution_mode",
     "timed_out", "stdout_bytes", "stderr_bytes", "stdout_truncated", "stderr_truncated", "isolation", "start_mode", "fault",
-    "timings",
+    "timings", "notes",
 }
 TASK_KEYS = {
     "task_id", "environment", "environment_version", "vcpu_count", "mem_mib", "disk_mib", "ttl_seconds", "created_at",
-    "expires_at", "state", "network_enabled", "allow_host_compat", "guest_ip", "tap_name", "execution_mode", "isolation",
+    "expires_at", "state", "network_enabled", "network_policy", "allow_host_compat", "guest_ip", "tap_name", "execution_mode", "isolation",
     "start_mode", "metadata", "last_error", "workspace_path", "command_count", "last_command", "disk_bytes",
 }
 
@@ -184,6 +183,7 @@ def test_a_task_is_told_alike(surface):
     record = surface.call("create_task", {**SMALL, "ttl_seconds": 120})
     task = record["task_id"]
     assert set(record) == TASK_KEYS and record["state"] == "started" and record["last_command"] is None
+    assert (record["network_enabled"], record["network_policy"]["mode"]) == (False, "none")
     assert record["expires_at"] == record["created_at"] + 120 and record["workspace_path"] == "/workspace"
     surface.call("exec_task", {"task_id": task, "command": ["sh", "-c", "exit 4"]})
     surface.call("exec_task", {"task_id": task, "command": "echo two"})

@@ -1,5 +1,8 @@
 """Each tool as the official Python client sees it, over stdio and over HTTP."""
 
+import socket
+import threading
+
 import anyio
 import pytest
 from mcp_clients import call, over_stdio, refused
@@ -93,6 +96,24 @@ async def test_each_tool_returns_what_its_schema_says(connect):
         assert (await checked("vm_delete", vm_id=vm))["reason"] == "explicit_delete"
         assert (await checked("vm_reap_expired"))["count"] == 0
         assert called == set(schemas)
+
+
+async def test_a_machine_has_the_network_that_the_user_offers_and_no_other(pyro):
+    async with over_stdio(pyro) as session:
+        failure = await refused(session, "task_create", **SMALL, network=True)
+        assert failure["error"] == "network=true is not available: this server offers no network"
+        assert "--allow HOST" in failure["hint"]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=lambda: listener.accept()[0].sendall(b"from the host"), daemon=True).start()
+        port = listener.getsockname()[1]
+        async with over_stdio(pyro, "--allow", f"host.pyro.internal:{port}") as session:
+            for wanted, out, notes in [(False, "none\n", 0), (True, "from the host\n", 1)]:
+                command = f"getent hosts other.test; exec 3<>/dev/tcp/host.pyro.internal/{port} || echo none; head -c 13 <&3 && echo"
+                result = await call(session, "vm_run", **SMALL, network=wanted, command=["bash", "-c", command])
+                assert (result["stdout"], len(result["notes"])) == (out, notes), result
+            assert result["notes"] == [
+                f"resolve other.test denied by policy; allowed: host.pyro.internal:{port}"
+            ]
 
 
 async def test_bad_arguments_are_told_by_name_before_anything_is_made(pyro):

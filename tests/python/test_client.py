@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ def task(client):
 
 def test_every_error_is_a_pyro_error_and_one_of_pythons_own(client):
     kinds = [value for value in vars(pyro_mcp).values() if isinstance(value, type) and issubclass(value, pyro_mcp.PyroError)]
-    assert len(kinds) == 16
+    assert len(kinds) == 17
     for kind in kinds:
         if kind is not pyro_mcp.PyroError:
             assert issubclass(kind, ValueError) != issubclass(kind, RuntimeError), kind
@@ -203,6 +204,42 @@ def test_a_task_whose_maker_is_cancelled_is_gone_also_when_it_was_ready(client):
                 await making
 
     asyncio.run(main())
+    assert not client.list_tasks()["tasks"]
+
+
+def test_a_guest_has_the_network_that_was_asked_for_and_it_changes_on_a_live_task(client):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve():
+            while True:
+                listener.accept()[0].sendall(b"here")
+
+        threading.Thread(target=serve, daemon=True).start()
+        port = listener.getsockname()[1]
+        rule = f"host.pyro.internal:{port}"
+        ask = ["bash", "-c", f"head -c 4 < /dev/tcp/host.pyro.internal/{port}"]
+        vm = client.create_vm(**SMALL, allow=[rule])
+        assert vm["network_policy"]["allow"] == [rule]
+        told = client.network_info_vm(vm["vm_id"])
+        assert (told["network_enabled"], told["guest_ip"], told["dns_servers"]) == (True, "198.18.0.2", ["198.18.0.1"])
+        client.start_vm(vm["vm_id"])
+        assert client.exec_vm(vm["vm_id"], command=ask)["stdout"] == "here"
+        task = client.create_task(**SMALL, network_policy={"deny": [rule]})["task_id"]
+        result = client.exec_task(task, command=ask)
+        assert result["exit_code"] != 0 and "denied by policy" in result["notes"][0]
+        changed = client.set_task_network(task, revoke=[rule], allow=[rule])
+        assert changed["network_policy"]["mode"] == "allow" and changed["new_digest"] != changed["old_digest"]
+        assert client.exec_task(task, command=ask)["stdout"] == "here"
+        assert client.task_network(task)["counts"]["allowed"] >= 2
+        log = client.network_log(task)
+        asked = [entry["allowed"] for entry in log["entries"] if entry["kind"] == "dns"]
+        assert asked[0] is False and asked[-1] is True, asked
+        assert client.network_log(task, offset=log["next_offset"])["count"] == 0
+        client.delete_task(task)
+    with pytest.raises(TypeError, match="allow must be a list"):
+        client.create_task(**SMALL, allow="a.test")
+    for wrong in ({"allow": ["*"]}, {"network_policy": {"alow": []}}, {"network_policy": "nobody"}):
+        with pytest.raises(pyro_mcp.InvalidValueError):
+            client.create_task(**SMALL, **wrong)
     assert not client.list_tasks()["tasks"]
 
 

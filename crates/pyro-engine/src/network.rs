@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use pyro_net::log::Counts;
-use pyro_net::policy::{Change, Opening, PolicyText, Rule, load};
+use pyro_net::log::Denial;
+use pyro_net::policy::{Change, Mode, Opening, PolicyText, Rule, load};
 use pyro_net::{Attach, Namespace, NamespaceError, Network, Settings};
 use pyro_vmm::{Driver, Nic, Tap, TapBy, Vmm};
 use serde::{Deserialize, Serialize};
@@ -74,7 +75,7 @@ fn unavailable(error: &NamespaceError) -> Error {
 }
 
 /// The network policy of a machine, as records show it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct NetworkPolicy {
     /// `none`, `deny`, `allow` or `open`.
@@ -88,6 +89,13 @@ pub struct NetworkPolicy {
     pub hosts: BTreeMap<String, String>,
     /// Equal for equal policies.
     pub digest: String,
+}
+
+/// That of a record which an older pyro wrote: its guests had no network.
+impl Default for NetworkPolicy {
+    fn default() -> Self {
+        Self::from(&Policy::none())
+    }
 }
 
 impl From<&Policy> for NetworkPolicy {
@@ -169,11 +177,21 @@ pub(crate) fn notes(network: Option<&Network>, mark: u64) -> Vec<String> {
     if policy.allow().len() > MOST_RULES {
         allowed.push("...".to_owned());
     }
+    if policy.mode() == Mode::Open {
+        allowed.insert(0, "the public internet".to_owned());
+    }
     let allowed = if allowed.is_empty() { "nothing".to_owned() } else { allowed.join(", ") };
+    // That no rule is for it goes without saying.
+    let why = |denial: &Denial| match denial.why.as_deref() {
+        None | Some("no rule allows it" | "policy is closed" | "the policy does not allow it") => {
+            String::new()
+        }
+        Some(why) => format!(" ({why})"),
+    };
     let mut notes: Vec<String> = denials
         .iter()
         .take(MOST_NOTES)
-        .map(|denial| format!("{denial} denied by policy; allowed: {allowed}"))
+        .map(|denial| format!("{denial} denied by policy{}; allowed: {allowed}", why(denial)))
         .collect();
     if denials.len() > MOST_NOTES {
         notes.push(format!("{} more denied by policy", denials.len() - MOST_NOTES));

@@ -24,11 +24,13 @@ pub(crate) const POOL: RangeInclusive<Ipv4Addr> =
     Ipv4Addr::new(198, 18, 1, 0)..=Ipv4Addr::new(198, 18, 255, 255);
 
 /// IPv4 networks that are not the public internet (IANA's special-purpose registry, multicast, reserved).
-const SPECIAL_V4: [Ipv4Net; 16] = [
+const SPECIAL_V4: [Ipv4Net; 17] = [
     v4([0, 0, 0, 0], 8),
     v4([10, 0, 0, 0], 8),
     v4([100, 64, 0, 0], 10),
     v4([127, 0, 0, 0], 8),
+    // A cloud's own services, which are metadata of its machines too.
+    v4([168, 63, 129, 16], 32),
     v4([169, 254, 0, 0], 16),
     v4([172, 16, 0, 0], 12),
     v4([192, 0, 0, 0], 24),

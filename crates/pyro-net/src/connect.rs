@@ -5,23 +5,23 @@
 //! the name where there is one.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 
 use crate::address::GATEWAY;
-use crate::dial::{DialError, Target};
+use crate::dial::{DialError, Target, keep_alive};
 use crate::hello::{Hello, HelloStep};
 use crate::http::{self, Authority};
 use crate::log::{Entry, Kind};
 use crate::network::Shared;
-use crate::policy::{Decision, HOST_NAME, NameCheck, Policy};
-use crate::relay::{Carried, Counted, carry, carry_one_way, reset, write_all};
+use crate::policy::{Decision, HOST_NAME, NameCheck, Policy, Why};
+use crate::relay::{Carried, Counted, ResetOnDrop, carry, carry_one_way, reset, write_all};
 use crate::resolver;
 
 /// How long a TLS hello may take, once a connection that must begin with one is there.
@@ -38,6 +38,38 @@ pub(crate) struct Destination {
     /// What the guest dialled.
     pub(crate) address: Ipv4Addr,
     pub(crate) port: u16,
+}
+
+/// What is known of an open connection, by which a change of policy ends it.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    destination: Destination,
+    /// Whether what goes over it is held against its name.
+    is_checked: bool,
+    /// The server's address, once it is dialled.
+    peer: Mutex<Option<IpAddr>>,
+}
+
+impl Opened {
+    /// Whether a policy allows it as it is.
+    pub(crate) fn is_allowed(&self, policy: &Policy) -> bool {
+        let Destination { target, port, .. } = &self.destination;
+        let peer = *self.peer.lock().unwrap_or_else(PoisonError::into_inner);
+        let peer_is_allowed = match (target, peer) {
+            (Target::Name(name), Some(peer)) => {
+                policy.pinned(name, *port).is_some() || policy.admits_address(peer, *port, true)
+            }
+            _ => true,
+        };
+        self.destination.decide(policy).allowed
+            && peer_is_allowed
+            && (self.is_checked || !self.destination.must_match(policy))
+    }
+
+    fn note_peer(&self, stream: &TcpStream) {
+        let peer = stream.peer_addr().ok().map(|peer| peer.ip().to_canonical());
+        *self.peer.lock().unwrap_or_else(PoisonError::into_inner) = peer;
+    }
 }
 
 /// Why a connection ended otherwise than by its two sides.
@@ -66,14 +98,17 @@ impl Destination {
         let name = shared.names().name_of(address).map(str::to_owned);
         let target = match name {
             Some(name) if name == HOST_NAME => Target::Host,
-            // The alias of a name may be an address that it really has, which a rule of its own may allow.
-            Some(name)
-                if !policy.by_name(&name, port).allowed
-                    && policy.by_address(address.into(), port).allowed =>
-            {
-                Target::Address(address)
+            Some(name) => {
+                let by_name = policy.by_name(&name, port);
+                // The alias of a name may be an address that it really has, which a rule of its own may allow; but not where
+                // the name itself is denied.
+                let is_decided = by_name.allowed || matches!(by_name.why, Why::DeniedBy(_));
+                if !is_decided && policy.by_address(address.into(), port).allowed {
+                    Target::Address(address)
+                } else {
+                    Target::Name(name)
+                }
             }
-            Some(name) => Target::Name(name),
             None => Target::Address(address),
         };
         Some(Self { target, address, port })
@@ -86,6 +121,11 @@ impl Destination {
             Target::Address(address) => policy.by_address((*address).into(), self.port),
             Target::Host => policy.host_service(self.port),
         }
+    }
+
+    /// Whether a connection must prove that it is for the name.
+    fn must_match(&self, policy: &Policy) -> bool {
+        matches!(&self.target, Target::Name(name) if policy.check(name) == NameCheck::MustMatch)
     }
 
     fn name(&self) -> Option<&str> {
@@ -111,29 +151,36 @@ impl Destination {
 }
 
 /// Serves a connection to its end. Where it is not allowed, or goes wrong, the guest sees a reset.
-pub(crate) async fn serve(shared: Arc<Shared>, guest: TcpStream, revoked: oneshot::Receiver<()>) {
+pub(crate) async fn serve(shared: Arc<Shared>, guest: TcpStream) {
     let Ok(dialled) = guest.local_addr() else { return reset(&guest) };
     if dialled.port() == DNS {
         return resolver::serve_stream(&shared, guest).await;
     }
-    let policy = shared.policy();
-    let Some(destination) = Destination::of(&shared, &policy, dialled) else { return reset(&guest) };
-    let decision = destination.decide(&policy);
+    // Listed under the lock of the policy, so that a change ends each connection that was decided by the one before.
+    let listed = shared.with_policy(|policy| {
+        let destination = Destination::of(&shared, policy, dialled)?;
+        let decision = destination.decide(policy);
+        let opened = Arc::new(Opened {
+            is_checked: destination.must_match(policy),
+            destination,
+            peer: Mutex::default(),
+        });
+        let listed = decision.allowed.then(|| shared.enlist(Arc::clone(&opened)));
+        Some((opened, decision, listed))
+    });
+    let Some((opened, decision, listed)) = listed else { return reset(&guest) };
+    let destination = &opened.destination;
     shared.record(destination.entry(Kind::Connect, &decision));
-    if !decision.allowed {
-        return reset(&guest);
-    }
+    let Some((number, revoked)) = listed else { return reset(&guest) };
     drop(guest.set_nodelay(true));
+    keep_alive(&guest);
     let carried = Arc::<Carried>::default();
-    let connection =
-        Connection { shared: &shared, policy: &policy, destination: &destination, carried: &carried };
-    let must_match =
-        matches!(&destination.target, Target::Name(name) if policy.check(name) == NameCheck::MustMatch);
-    let result = if must_match && destination.port == HTTP {
+    let connection = Connection { shared: &shared, opened: &opened, carried: &carried };
+    let result = if opened.is_checked && destination.port == HTTP {
         connection.serve_http(guest, decision.clone(), revoked).await
     } else {
         tokio::select! {
-            carried = connection.pass_on(&guest, must_match) => {
+            carried = connection.pass_on(&guest) => {
                 if carried.is_err() {
                     reset(&guest);
                 }
@@ -145,13 +192,15 @@ pub(crate) async fn serve(shared: Arc<Shared>, guest: TcpStream, revoked: onesho
             }
         }
     };
-    let mut entry = destination.entry(Kind::Connect, &decision);
+    shared.delist(number);
     if let Err(error @ (Failed::Hello(_) | Failed::Dial(DialError::Forbidden))) = &result {
         // A decision of its own: what was allowed turned out to be something else.
+        let mut entry = destination.entry(Kind::Connect, &decision);
         entry.allowed = Some(false);
         entry.why = Some(error.to_string());
-        return shared.record(entry);
+        shared.record(entry);
     }
+    let mut entry = destination.entry(Kind::Connect, &decision);
     entry.bytes_in = Some(carried.to_guest.load(Ordering::Relaxed));
     entry.bytes_out = Some(carried.from_guest.load(Ordering::Relaxed));
     entry.why = match &result {
@@ -170,50 +219,44 @@ fn error_text(error: &Failed) -> String {
 
 struct Connection<'a> {
     shared: &'a Arc<Shared>,
-    policy: &'a Policy,
-    destination: &'a Destination,
+    opened: &'a Arc<Opened>,
     carried: &'a Arc<Carried>,
 }
 
 impl Connection<'_> {
     /// Carries bytes unread, once it is known that they are for the name.
-    async fn pass_on(&self, guest: &TcpStream, must_match: bool) -> Result<(), Failed> {
-        let expected = match &self.destination.target {
-            Target::Name(name) if must_match => Some(name.as_str()),
+    async fn pass_on(&self, guest: &TcpStream) -> Result<(), Failed> {
+        let expected = match &self.opened.destination.target {
+            Target::Name(name) if self.opened.is_checked => Some(name.as_str()),
             _ => None,
         };
         let mut first = Vec::new();
-        if let (Some(name), HTTPS) = (expected, self.destination.port) {
+        if let (Some(name), HTTPS) = (expected, self.opened.destination.port) {
             // Before anything is dialled: the server must not even see a connection that is for another name.
             first = read_hello(guest, name, Vec::new()).await?;
         }
-        let upstream = self.dial().await?;
+        let mut upstream = ResetOnDrop { stream: dial(self.shared, self.opened).await?, is_whole: false };
         let carried = async {
+            let upstream = &upstream.stream;
             if !first.is_empty() {
-                self.send_first(&upstream, &first).await?;
-                return Ok(carry(guest, &upstream, self.carried).await?);
+                self.send_first(upstream, &first).await?;
+                return Ok(carry(guest, upstream, self.carried).await?);
             }
             match expected {
                 // Whichever side speaks first: what the guest says first is looked at.
                 Some(name) => {
                     tokio::try_join!(
-                        async { Ok(carry_one_way(&upstream, guest, &self.carried.to_guest).await?) },
-                        self.carry_checked(guest, &upstream, name),
+                        async { Ok(carry_one_way(upstream, guest, &self.carried.to_guest).await?) },
+                        self.carry_checked(guest, upstream, name),
                     )?;
                     Ok(())
                 }
-                None => Ok(carry(guest, &upstream, self.carried).await?),
+                None => Ok(carry(guest, upstream, self.carried).await?),
             }
         };
         let carried: Result<(), Failed> = carried.await;
-        if carried.is_err() {
-            reset(&upstream);
-        }
+        upstream.is_whole = carried.is_ok();
         carried
-    }
-
-    async fn dial(&self) -> Result<TcpStream, DialError> {
-        self.shared.dialer.dial(self.policy, &self.destination.target, self.destination.port).await
     }
 
     async fn send_first(&self, upstream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
@@ -239,14 +282,14 @@ impl Connection<'_> {
         decision: Decision,
         revoked: oneshot::Receiver<()>,
     ) -> Result<(), Failed> {
-        let Target::Name(name) = &self.destination.target else { return Ok(()) };
+        let destination = &self.opened.destination;
+        let Target::Name(name) = &destination.target else { return Ok(()) };
         // Of the same socket: the stream itself is the parser's from here on.
         let socket = guest.as_fd().try_clone_to_owned()?;
-        let authority = Authority { name: name.clone(), port: self.destination.port, usual_port: HTTP };
+        let authority = Authority { name: name.clone(), port: destination.port, usual_port: HTTP };
         let server = Server {
             shared: Arc::clone(self.shared),
-            policy: self.policy.clone(),
-            destination: self.destination.clone(),
+            opened: Arc::clone(self.opened),
             decision,
             carried: Arc::clone(self.carried),
         };
@@ -260,11 +303,22 @@ impl Connection<'_> {
     }
 }
 
+/// Dials under the policy of this moment, which may have changed since the connection was accepted.
+async fn dial(shared: &Shared, opened: &Opened) -> Result<TcpStream, DialError> {
+    let (policy, destination) = (shared.policy(), &opened.destination);
+    if !destination.decide(&policy).allowed {
+        return Err(DialError::Forbidden);
+    }
+    let stream = shared.dialer.dial(&policy, &destination.target, destination.port).await?;
+    opened.note_peer(&stream);
+    // A change that came meanwhile has not seen where it leads.
+    if opened.is_allowed(&shared.policy()) { Ok(stream) } else { Err(DialError::Forbidden) }
+}
+
 /// The server behind a connection whose requests are read.
 struct Server {
     shared: Arc<Shared>,
-    policy: Policy,
-    destination: Destination,
+    opened: Arc<Opened>,
     decision: Decision,
     carried: Arc<Carried>,
 }
@@ -273,13 +327,22 @@ impl http::Upstream for Server {
     type Stream = Counted<TcpStream>;
 
     async fn connect(&self) -> io::Result<Self::Stream> {
-        let Destination { target, port, .. } = &self.destination;
-        let dialled = self.shared.dialer.dial(&self.policy, target, *port).await;
-        Ok(Counted::new(dialled.map_err(io::Error::other)?, Arc::clone(&self.carried)))
+        match dial(&self.shared, &self.opened).await {
+            Ok(stream) => Ok(Counted::new(stream, Arc::clone(&self.carried))),
+            Err(error) => {
+                if matches!(error, DialError::Forbidden) {
+                    let mut entry = self.opened.destination.entry(Kind::Connect, &self.decision);
+                    entry.allowed = Some(false);
+                    entry.why = Some(error.to_string());
+                    self.shared.record(entry);
+                }
+                Err(io::Error::other(error))
+            }
+        }
     }
 
     fn decide(&self, method: &str, path: &str, refused: Option<&'static str>) -> Result<(), String> {
-        let mut entry = self.destination.entry(Kind::Http, &self.decision);
+        let mut entry = self.opened.destination.entry(Kind::Http, &self.decision);
         entry.method = Some(method.to_owned());
         entry.path = Some(path.to_owned());
         if let Some(why) = refused {
@@ -334,4 +397,56 @@ async fn read_hello(guest: &TcpStream, name: &str, begun: Vec<u8>) -> Result<Vec
     tokio::time::timeout(HELLO_WITHIN, read).await.unwrap_or_else(|_elapsed| {
         Err(Failed::Hello(format!("no TLS hello within {} s", HELLO_WITHIN.as_secs())))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, UdpSocket};
+
+    use super::*;
+    use crate::network::{Network, Settings};
+    use crate::policy::tests::policy;
+
+    /// What a dialled address means to a guest that knows a name by it, under this policy.
+    fn meaning(policy: &Policy, dialled: &str) -> (Target, bool) {
+        let tcp = TcpListener::bind("127.0.0.1:0").expect("bound");
+        let dns = UdpSocket::bind("127.0.0.1:0").expect("bound");
+        let settings = Settings { policy: policy.clone(), names: None, log: None };
+        let network = Network::start(tcp, dns, settings).expect("started");
+        let shared = network.shared();
+        shared.names().alias("real.test", &[Ipv4Addr::new(8, 8, 8, 8)]).expect("an alias");
+        let dialled = dialled.parse().expect("an address");
+        let destination = Destination::of(shared, policy, dialled).expect("it leads somewhere");
+        let allowed = destination.decide(policy).allowed;
+        (destination.target, allowed)
+    }
+
+    #[tokio::test]
+    async fn a_name_that_is_denied_is_not_reached_by_the_address_that_it_really_has() {
+        let name = || Target::Name("real.test".to_owned());
+        for denied in [policy(true, &[], &["real.test:25"]), policy(true, &["8.8.8.0/24"], &["*.test"])] {
+            assert_eq!(meaning(&denied, "8.8.8.8:25"), (name(), false));
+        }
+        assert_eq!(meaning(&policy(true, &[], &["real.test:25"]), "8.8.8.8:26"), (name(), true));
+        // Where no rule is about the name, one about the address holds.
+        let by_address = policy(false, &["8.8.8.8:53"], &[]);
+        assert_eq!(meaning(&by_address, "8.8.8.8:53"), (Target::Address(Ipv4Addr::new(8, 8, 8, 8)), true));
+        assert_eq!(meaning(&by_address, "8.8.8.8:54"), (name(), false));
+    }
+
+    #[tokio::test]
+    async fn a_change_ends_what_was_not_held_against_its_name_or_leads_where_it_may_not_any_more() {
+        let open = policy(true, &[], &[]);
+        let destination = Destination {
+            target: Target::Name("a.test".to_owned()),
+            address: Ipv4Addr::new(8, 8, 8, 8),
+            port: 443,
+        };
+        let opened = Opened { destination, is_checked: false, peer: Mutex::default() };
+        assert!(opened.is_allowed(&open));
+        assert!(!opened.is_allowed(&policy(true, &[], &["evil.test"])), "it may be for that name");
+        *opened.peer.lock().expect("no panic") = Some("9.9.9.9".parse().expect("an address"));
+        assert!(opened.is_allowed(&open));
+        assert!(!opened.is_allowed(&policy(true, &[], &["9.9.9.0/24"])));
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +20,11 @@ const CONNECTED_WITHIN: Duration = Duration::from_secs(30);
 const STAGGER: Duration = Duration::from_millis(250);
 /// Names that are resolved at the same time: each takes a thread.
 const LOOKUPS: usize = 32;
+/// Addresses of a name that are tried, and how many of them at the same time: each takes a descriptor.
+const ADDRESSES: usize = 6;
+const AT_ONCE: usize = 2;
+/// A connection that carries nothing is asked after so long whether its other side is there, in seconds.
+const KEEPALIVE: Duration = Duration::from_secs(60);
 
 /// Where the connections of a guest go to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,12 +64,22 @@ impl Dialer {
     /// The addresses of a name, as the host knows them now.
     pub(crate) async fn resolve(&self, name: &str) -> Result<Vec<IpAddr>, DialError> {
         let lookup = async {
-            // It is never closed.
-            let _permit = self.lookups.acquire().await;
-            tokio::net::lookup_host((name, 0)).await
+            let permit = Arc::clone(&self.lookups).acquire_owned().await;
+            let name = name.to_owned();
+            // The resolver has limits of its own, and cannot be told to end: the thread keeps its permit until then.
+            let lookup = tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                #[expect(
+                    clippy::disallowed_methods,
+                    reason = "the host's own resolver, on a thread that may wait"
+                )]
+                let found = (name.as_str(), 0).to_socket_addrs();
+                found.map(|found| found.map(|address| address.ip().to_canonical()).collect())
+            });
+            lookup.await.unwrap_or_else(|error| Err(io::Error::other(error)))
         };
         match tokio::time::timeout(RESOLVED_WITHIN, lookup).await {
-            Ok(Ok(found)) => Ok(found.map(|address| address.ip().to_canonical()).collect()),
+            Ok(Ok(found)) => Ok(found),
             Ok(Err(error)) => Err(DialError::Unresolved(error)),
             Err(_elapsed) => Err(DialError::Timeout(RESOLVED_WITHIN)),
         }
@@ -92,6 +107,11 @@ impl Dialer {
                 in_turn(admitted.collect())
             }
         };
+        // What the host itself is reached by is no part of the internet, unless a rule for addresses names it.
+        let is_foreign = |address: &IpAddr| {
+            *target == Target::Host || policy.by_address(*address, port).rule.is_some() || !is_own(*address)
+        };
+        let addresses: Vec<IpAddr> = addresses.into_iter().filter(is_foreign).take(ADDRESSES).collect();
         if addresses.is_empty() {
             return Err(DialError::Forbidden);
         }
@@ -103,12 +123,27 @@ impl Dialer {
             Ok(Ok(stream)) => {
                 // What a guest sends in pieces is passed on in pieces.
                 drop(stream.set_nodelay(true));
+                keep_alive(&stream);
                 Ok(stream)
             }
             Ok(Err(error)) => Err(DialError::Connect(error)),
             Err(_elapsed) => Err(DialError::Timeout(CONNECTED_WITHIN)),
         }
     }
+}
+
+/// Whether an address is one of this host's own interfaces: only such a one can be bound.
+fn is_own(address: IpAddr) -> bool {
+    std::net::UdpSocket::bind((address, 0)).is_ok()
+}
+
+/// Has the kernel find out when the other side of a connection that carries nothing is gone.
+pub(crate) fn keep_alive(stream: &TcpStream) {
+    use rustix::net::sockopt::{set_socket_keepalive, set_tcp_keepidle, set_tcp_keepintvl};
+    // Without it, a connection whose other side is gone stays open for longer.
+    _ = set_socket_keepalive(stream, true);
+    _ = set_tcp_keepidle(stream, KEEPALIVE);
+    _ = set_tcp_keepintvl(stream, KEEPALIVE / 4);
 }
 
 /// Addresses of both families in turn, each family in the order of the resolver, which puts the better ones first.
@@ -148,7 +183,7 @@ async fn first_of<T: Send + 'static, F: Future<Output = io::Result<T>> + Send + 
                 Ok(Err(error)) => failed = error,
                 Err(error) => failed = io::Error::other(error),
             },
-            () = tokio::time::sleep(STAGGER), if left.len() > 0 => {}
+            () = tokio::time::sleep(STAGGER), if left.len() > 0 && attempts.len() < AT_ONCE => {}
         }
     }
 }

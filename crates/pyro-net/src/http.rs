@@ -15,7 +15,7 @@ use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::SendRequest;
-use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, UPGRADE};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -62,7 +62,6 @@ pub(crate) async fn serve<U: Upstream>(
         .header_read_timeout(HEAD_WITHIN)
         .max_buf_size(HEAD_BYTES)
         .max_headers(HEADERS)
-        .half_close(true)
         .preserve_header_case(true)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(guest), service)
@@ -141,6 +140,7 @@ impl<U: Upstream> Session<U> {
         if let Err(why) = decided {
             return refusal(StatusCode::FORBIDDEN, &format!("pyro: {why}\n"));
         }
+        let upgrades = keep_websocket_only(&mut request);
         let from_guest = hyper::upgrade::on(&mut request);
         let mut response = match self.send(request).await {
             Ok(response) => response,
@@ -149,6 +149,9 @@ impl<U: Upstream> Session<U> {
                 return refusal(StatusCode::BAD_GATEWAY, &text);
             }
         };
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS && !upgrades {
+            return refusal(StatusCode::BAD_GATEWAY, "pyro: the server has changed the protocol unasked\n");
+        }
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             let from_server = hyper::upgrade::on(&mut response);
             self.spawn(async move {
@@ -192,6 +195,20 @@ enum SendError {
     Connect(#[from] io::Error),
     #[error("{0}")]
     Http(#[from] hyper::Error),
+}
+
+/// Takes the wish for another protocol out of a request, unless it is for the one that carries no requests of its own: HTTP/2
+/// on the same connection could name any host. Returns whether the wish stays.
+fn keep_websocket_only<B>(request: &mut Request<B>) -> bool {
+    let headers = request.headers_mut();
+    let Some(wished) = headers.get(UPGRADE) else { return false };
+    if wished.as_bytes().eq_ignore_ascii_case(b"websocket") && headers.get_all(UPGRADE).iter().count() == 1 {
+        return true;
+    }
+    for name in [UPGRADE, CONNECTION, HeaderName::from_static("http2-settings")] {
+        headers.remove(name);
+    }
+    false
 }
 
 /// An answer of pyro's own, after which the connection ends.
@@ -292,6 +309,24 @@ mod tests {
         assert!(answers.contains("\r\n\r\nok") && answers.contains("403 Forbidden"), "{answers}");
         let more = tokio::time::timeout(Duration::from_millis(100), upstream.read_u8()).await;
         assert!(!matches!(more, Ok(Ok(_))), "the second request reached the server");
+    }
+
+    #[test]
+    fn only_a_websocket_may_take_over_a_connection() {
+        let request = |upgrade: &str| {
+            let mut request = Request::new(());
+            let headers = request.headers_mut();
+            headers.insert(UPGRADE, HeaderValue::from_str(upgrade).expect("a value"));
+            headers.insert(CONNECTION, HeaderValue::from_static("Upgrade, HTTP2-Settings"));
+            headers.insert("http2-settings", HeaderValue::from_static("AAMAAABkAAQAAP__"));
+            request
+        };
+        assert!(keep_websocket_only(&mut request("WebSocket")));
+        for other in ["h2c", "websocket, h2c", "tls/1.2"] {
+            let mut request = request(other);
+            assert!(!keep_websocket_only(&mut request), "{other}");
+            assert!(request.headers().is_empty(), "{other}");
+        }
     }
 
     #[tokio::test]

@@ -19,6 +19,8 @@ mod append;
 mod connect;
 mod dial;
 pub mod dns;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod hello;
 mod http;
 pub mod log;

@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{TcpListener as StdTcpListener, UdpSocket};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
-use crate::connect::{self, Destination};
+use crate::connect::{self, Opened};
 use crate::dial::Dialer;
 use crate::log::{Counts, Denial, Entry, Kind, Log};
 use crate::names::Names;
@@ -22,7 +22,7 @@ use crate::resolver::Queries;
 /// Connections that a guest may have at the same time: each costs descriptors and the kernel's buffers.
 const CONNECTIONS: usize = 1024;
 /// Descriptors that a connection takes at the most.
-const DESCRIPTORS_EACH: usize = 3;
+const DESCRIPTORS_EACH: usize = 4;
 /// Descriptors that are left to the rest of the process, which must work whatever a guest does.
 const DESCRIPTORS_KEPT: usize = 256;
 /// Queries that are answered at the same time.
@@ -84,7 +84,7 @@ pub(crate) struct Shared {
 #[derive(Debug, Default)]
 struct Open {
     next: u64,
-    connections: HashMap<u64, (Destination, oneshot::Sender<()>)>,
+    connections: HashMap<u64, (Arc<Opened>, oneshot::Sender<()>)>,
 }
 
 impl Network {
@@ -120,6 +120,11 @@ impl Network {
         Ok(Self { shared, tasks })
     }
 
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     /// What the guest may reach now.
     pub fn policy(&self) -> Arc<Policy> {
         self.shared.policy()
@@ -130,8 +135,9 @@ impl Network {
         let policy = Arc::new(policy);
         let old_digest = self.shared.policy().digest();
         *self.shared.policy.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&policy);
+        // Whoever has decided by the one before is on the list by now.
         self.shared.note_policy(&format!("it was {old_digest}"));
-        let closed_connections = self.shared.close(|destination| !destination.decide(&policy).allowed);
+        let closed_connections = self.shared.close(|opened| !opened.is_allowed(&policy));
         Changed { old_digest, new_digest: policy.digest(), closed_connections }
     }
 
@@ -164,6 +170,11 @@ impl Drop for Network {
 impl Shared {
     pub(crate) fn policy(&self) -> Arc<Policy> {
         Arc::clone(&self.policy.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Does something under the policy of this moment, which does not change meanwhile.
+    pub(crate) fn with_policy<T>(&self, work: impl FnOnce(&Policy) -> T) -> T {
+        work(&self.policy.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(crate) fn names(&self) -> MutexGuard<'_, Names> {
@@ -206,7 +217,7 @@ impl Shared {
     }
 
     /// Ends open connections, and counts them.
-    fn close(&self, which: impl Fn(&Destination) -> bool) -> usize {
+    fn close(&self, which: impl Fn(&Opened) -> bool) -> usize {
         let mut open = self.open();
         let ended: Vec<u64> =
             open.connections.iter().filter(|(_, (to, _))| which(to)).map(|(number, _)| *number).collect();
@@ -220,55 +231,52 @@ impl Shared {
     }
 
     /// Puts a connection on the list of those that can be ended.
-    fn enlist(&self, destination: Destination) -> (u64, oneshot::Receiver<()>) {
+    pub(crate) fn enlist(&self, opened: Arc<Opened>) -> (u64, oneshot::Receiver<()>) {
         let (end, ended) = oneshot::channel();
         let mut open = self.open();
         open.next += 1;
         let number = open.next;
-        open.connections.insert(number, (destination, end));
+        open.connections.insert(number, (opened, end));
         (number, ended)
+    }
+
+    /// Takes a connection that has ended off the list.
+    pub(crate) fn delist(&self, number: u64) {
+        self.open().connections.remove(&number);
     }
 }
 
-/// How many connections a guest may have in a process that may have so many descriptors.
-fn most_connections() -> usize {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
-    (limit.saturating_sub(DESCRIPTORS_KEPT) / DESCRIPTORS_EACH).clamp(16, CONNECTIONS)
+/// The right to have a connection: as many as this process has descriptors for, whichever of its guests they are of.
+fn slots() -> &'static Arc<Semaphore> {
+    static SLOTS: OnceLock<Arc<Semaphore>> = OnceLock::new();
+    SLOTS.get_or_init(|| {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
+        let most = limit.saturating_sub(DESCRIPTORS_KEPT) / DESCRIPTORS_EACH;
+        Arc::new(Semaphore::new(most.clamp(16, CONNECTIONS * 8)))
+    })
 }
 
 /// Accepts connections for ever. They end when this ends.
 async fn accept(shared: Arc<Shared>, listener: TcpListener) {
-    let most = most_connections();
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((guest, _)) if connections.len() < most => {
-                    connections.spawn(one(Arc::clone(&shared), guest));
-                }
-                Ok((guest, _)) => reset(&guest),
+                Ok((guest, _)) => match Arc::clone(slots()).try_acquire_owned() {
+                    Ok(slot) if connections.len() < CONNECTIONS => {
+                        let shared = Arc::clone(&shared);
+                        connections.spawn(async move {
+                            connect::serve(shared, guest).await;
+                            drop(slot);
+                        });
+                    }
+                    _ => reset(&guest),
+                },
                 // The guest has gone, or there are no descriptors.
                 Err(_) => tokio::time::sleep(NO_DESCRIPTORS).await,
             },
             Some(_) = connections.join_next() => {}
-        }
-    }
-}
-
-async fn one(shared: Arc<Shared>, guest: TcpStream) {
-    let destination =
-        guest.local_addr().ok().and_then(|dialled| Destination::of(&shared, &shared.policy(), dialled));
-    match destination {
-        Some(destination) => {
-            // Before the decision, so that a policy that changes in this moment ends it.
-            let (number, revoked) = shared.enlist(destination);
-            connect::serve(Arc::clone(&shared), guest, revoked).await;
-            shared.open().connections.remove(&number);
-        }
-        None => {
-            let (_never, revoked) = oneshot::channel();
-            connect::serve(shared, guest, revoked).await;
         }
     }
 }

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use rustix::net::Shutdown;
@@ -14,6 +14,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 const BUFFER_BYTES: usize = 256 << 10;
+/// Bytes that receivers have not taken yet, of all connections of this process; beyond [`HELD_BYTES`] of them only little is
+/// read at once, so that receivers who take nothing cannot make this process hold much.
+static HELD: AtomicUsize = AtomicUsize::new(0);
+const HELD_BYTES: usize = 16 << 20;
+const LITTLE_BYTES: usize = 16 << 10;
 
 thread_local! {
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER_BYTES]);
@@ -103,6 +108,7 @@ pub(crate) async fn carry_one_way(from: &TcpStream, to: &TcpStream, count: &Atom
             Moved::All(bytes) => _ = count.fetch_add(bytes as u64, Ordering::Relaxed),
             Moved::Rest(bytes, rest) => {
                 count.fetch_add(bytes as u64, Ordering::Relaxed);
+                let _held = Held::new(rest.len());
                 write_all(to, &rest).await?;
                 count.fetch_add(rest.len() as u64, Ordering::Relaxed);
             }
@@ -116,9 +122,41 @@ pub(crate) async fn carry_one_way(from: &TcpStream, to: &TcpStream, count: &Atom
     }
 }
 
+/// Counts bytes for as long as they are held.
+struct Held(usize);
+
+impl Held {
+    fn new(bytes: usize) -> Self {
+        HELD.fetch_add(bytes, Ordering::Relaxed);
+        Self(bytes)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        HELD.fetch_sub(self.0, Ordering::Relaxed);
+    }
+}
+
+/// Resets a connection when it is dropped, unless it has ended as it should: a server must not take half of an upload for
+/// the whole.
+pub(crate) struct ResetOnDrop {
+    pub(crate) stream: TcpStream,
+    pub(crate) is_whole: bool,
+}
+
+impl Drop for ResetOnDrop {
+    fn drop(&mut self) {
+        if !self.is_whole {
+            reset(&self.stream);
+        }
+    }
+}
+
 fn move_some(from: &TcpStream, to: &TcpStream) -> io::Result<Moved> {
     BUFFER.with_borrow_mut(|buffer| {
-        let read = match from.try_read(buffer) {
+        let most = if HELD.load(Ordering::Relaxed) > HELD_BYTES { LITTLE_BYTES } else { BUFFER_BYTES };
+        let read = match from.try_read(&mut buffer[..most]) {
             Ok(0) => return Ok(Moved::End),
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Moved::Nothing),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{TcpStream, UdpSocket};
+use tokio::task::JoinSet;
 
 use crate::dial::DialError;
 use crate::dns::{MAX_TCP, MAX_UDP, Plan, Query, Reply, reply_for};
@@ -37,8 +38,14 @@ impl Queries {
     /// Answers queries for ever.
     pub(crate) async fn serve(self, shared: Arc<Shared>) {
         let queries = Arc::new(self);
+        // They end with this: an answer of a network that has ended must not add to its table of names.
+        let mut answers = JoinSet::new();
         loop {
-            let (bytes, from, to) = match queries.receive().await {
+            let received = tokio::select! {
+                received = queries.receive() => received,
+                Some(_) = answers.join_next() => continue,
+            };
+            let (bytes, from, to) = match received {
                 Ok(received) => received,
                 // A reply that was refused comes back as an error of the socket.
                 Err(_) => {
@@ -61,11 +68,11 @@ impl Queries {
             let Some(permit) = shared.query_permit() else { continue };
             let (queries, shared) = (Arc::clone(&queries), Arc::clone(&shared));
             // A name that takes long to resolve must not hold up the others.
-            drop(tokio::spawn(async move {
+            answers.spawn(async move {
                 let reply = answer(&shared, &query).await;
                 drop(queries.send(&reply, from, to).await);
                 drop(permit);
-            }));
+            });
         }
     }
 
@@ -136,6 +143,8 @@ async fn answer(shared: &Shared, query: &Query) -> Vec<u8> {
             }
         },
     };
+    // The names of addresses are nobody's secret: that there is none is no denial.
+    let allowed = allowed || query.kind() == crate::dns::Kind::Pointer;
     shared.record(Entry {
         name: Some(name.to_owned()),
         address: address.map(IpAddr::V4),

@@ -15,7 +15,7 @@ use rustix::net::{
 };
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 
-use crate::jail::{fork, keep_only};
+use crate::jail::{default_signals, fork, keep_only};
 
 /// The most descriptors that a child hands over.
 const MOST: usize = 8;
@@ -62,6 +62,8 @@ pub unsafe fn descriptors_from_child<const N: usize>(
 }
 
 fn be_child<const N: usize>(socket: &OwnedFd, work: impl FnOnce() -> Result<[OwnedFd; N], (u8, Errno)>) -> ! {
+    // A handler of the owner's would run on descriptors that are others here.
+    default_signals();
     _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
     // A lock or a pipe of the owner must not stay open here.
     keep_only([socket.as_raw_fd(); 2]);
@@ -114,7 +116,14 @@ fn receive(socket: &OwnedFd, within: Duration) -> rustix::io::Result<([u8; 2], V
 
 /// Reaps the child. Where somebody else in this process reaps every child, it is gone already.
 fn end(child: Pid, kill: bool) {
-    let Ok(pidfd) = rustix::process::pidfd_open(child, PidfdFlags::empty()) else { return };
+    let Ok(pidfd) = rustix::process::pidfd_open(child, PidfdFlags::empty()) else {
+        // There is no descriptor for it: it is waited for by its number, which is its own until then.
+        if kill {
+            _ = rustix::process::kill_process(child, Signal::KILL);
+        }
+        _ = rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty());
+        return;
+    };
     if kill {
         _ = rustix::process::pidfd_send_signal(&pidfd, Signal::KILL);
     }

@@ -7,8 +7,11 @@ use rustix::process::{Resource, Rlimit};
 /// Raises the number of files that this process may have open as far as it may, for one that serves others. For the main
 /// function of a program: it changes the whole process, and what it starts.
 pub fn raise_file_limit() {
-    let Rlimit { maximum, .. } = rustix::process::getrlimit(Resource::Nofile);
+    let Rlimit { current, maximum } = rustix::process::getrlimit(Resource::Nofile);
     let most = maximum.unwrap_or(MOST_FILES).min(MOST_FILES);
+    if current.is_none_or(|current| current >= most) {
+        return;
+    }
     // What a process may do anyway is not refused.
     _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: Some(most), maximum });
 }

@@ -63,6 +63,16 @@ pub(super) fn describe(policy: &NetworkPolicy) -> String {
 pub(super) async fn logs(engine: &Engine, args: &LogsArgs, printer: &Printer) -> Result<ExitCode, Failure> {
     let mut log = engine.network_log(&args.task_id, 0).await?;
     if printer.json() {
+        // The log has more than one read of it holds.
+        loop {
+            let next = engine.network_log(&args.task_id, log.next_offset).await?;
+            if next.next_offset == log.next_offset {
+                break;
+            }
+            log.entries.extend(next.entries);
+            log.next_offset = next.next_offset;
+        }
+        log.count = log.entries.len();
         printer.object(&log);
         return Ok(ExitCode::SUCCESS);
     }

@@ -98,7 +98,8 @@ impl Chaos {
             61..64 => ("stop", |chaos, dice| chaos.change("stop", dice)),
             64..73 => ("start", |chaos, dice| chaos.change("start", dice)),
             73..77 => ("delete", Self::delete),
-            77..85 => ("look", Self::look),
+            77..82 => ("look", Self::look),
+            82..85 => ("change a network", Self::change_network),
             85..88 => ("kill a supervisor", |chaos, dice| chaos.kill(dice, Pyro::supervisor)),
             88..91 => ("kill a VMM", |chaos, dice| chaos.kill(dice, Pyro::vmm)),
             91..93 => ("crash a guest", Self::crash_guest),
@@ -110,8 +111,10 @@ impl Chaos {
         deed(self, dice);
     }
 
-    fn create(&self, _: &mut Dice) {
-        let output = self.call(&["task", "create", "debian:12", "--mem-mib", "256", "--json"]);
+    fn create(&self, dice: &mut Dice) {
+        let network: &[&str] = if dice.chance(50) { &["--allow", "up.test"] } else { &[] };
+        let line = ["task", "create", "debian:12", "--mem-mib", "256", "--json"];
+        let output = self.call(&[&line[..], network].concat());
         if output.status.success() {
             let id = answer(&output)["task_id"].as_str().expect("an id").to_owned();
             lock(&self.tasks).insert(id, BTreeMap::new());
@@ -123,8 +126,9 @@ impl Chaos {
         let Some(id) = self.some_task(dice) else { return };
         let (lines, pause) = (dice.below(200) + 1, dice.chance(20));
         let script = format!(
-            "i=0; while [ $i -lt {lines} ]; do echo {id} $i; i=$((i+1)); done; {}",
-            if pause { "sleep 1" } else { ":" }
+            "i=0; while [ $i -lt {lines} ]; do echo {id} $i; i=$((i+1)); done; {}; {}",
+            if pause { "sleep 1" } else { ":" },
+            if dice.chance(20) { "getent hosts up.test late.test > /dev/null; true" } else { ":" }
         );
         let output =
             self.call(&["task", "exec", &id, "--timeout-seconds", "20", "--json", "--", "sh", "-c", &script]);
@@ -162,6 +166,18 @@ impl Chaos {
     fn change(&self, verb: &str, dice: &mut Dice) {
         let Some(id) = self.some_task(dice) else { return };
         self.call(&["task", verb, &id, "--json"]);
+    }
+
+    /// Another policy for whatever task; one without a network says so.
+    fn change_network(&self, dice: &mut Dice) {
+        let Some(id) = self.some_task(dice) else { return };
+        let change: &[&str] = match dice.below(4) {
+            0 => &["--allow", "late.test"],
+            1 => &["--deny", "late.test"],
+            2 => &["--open"],
+            _ => &["--closed"],
+        };
+        self.call(&[&["task", "network", &id, "--json"][..], change].concat());
     }
 
     fn delete(&self, dice: &mut Dice) {

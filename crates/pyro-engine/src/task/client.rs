@@ -153,7 +153,14 @@ impl Client {
             reply = calls.network(NetworkRequest { change: change.into() }) => reply,
             error = self.silence(false) => return Err(error),
         };
-        let reply = reply.map_err(|status| from_status(&status))?.into_inner();
+        let reply = reply.map_err(|status| {
+            if status.code() == tonic::Code::Unimplemented {
+                let text = "the task's supervisor is of an older pyro, which knows no networks";
+                return Error::new(ErrorKind::WrongState, text).hint("stop the task and start it again");
+            }
+            from_status(&status)
+        })?;
+        let reply = reply.into_inner();
         serde_json::from_slice(&reply.answer).map_err(text)
     }
 

@@ -22,6 +22,7 @@ use std::time::Duration;
 use pyro_process::HandOverError;
 
 use self::child::Plan;
+pub(crate) use self::netlink::answers;
 
 /// How long it may take; 2 ms on a quiet host. Modules of the kernel may have to be loaded.
 const WITHIN: Duration = Duration::from_secs(20);
@@ -170,6 +171,11 @@ impl NamespaceError {
                 "let users open the device, as most distributions do: `sudo chmod 666 /dev/net/tun`"
             }
             (Step::Tun, _) => "load the module: `sudo modprobe tun`",
+            (Step::NetNamespace | Step::Tap, io::ErrorKind::PermissionDenied)
+                if rustix::process::geteuid().is_root() =>
+            {
+                "run pyro outside of the container, or give it the privileges: --cap-add SYS_ADMIN --cap-add NET_ADMIN"
+            }
             (Step::UserNamespace | Step::UserMap | Step::Tap, io::ErrorKind::PermissionDenied) => {
                 "allow unprivileged user namespaces: `sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0` \
                  (Ubuntu) or `sudo sysctl kernel.unprivileged_userns_clone=1` (Debian); or run pyro as root"

@@ -87,7 +87,7 @@ fn pad(bytes: &mut Vec<u8>) {
 ///
 /// # Errors
 /// The first error among them. What is no answer at all is [`Errno::BADMSG`].
-pub(super) fn answers(mut bytes: &[u8]) -> Result<usize, Errno> {
+pub(crate) fn answers(mut bytes: &[u8]) -> Result<usize, Errno> {
     let mut count = 0;
     while !bytes.is_empty() {
         let Some((length, rest)) = bytes.split_first_chunk::<4>() else { return Err(Errno::BADMSG) };

@@ -81,7 +81,7 @@ pub(crate) fn fork() -> io::Result<Option<Pid>> {
 
 /// A copy of a program that handles signals has its handlers, which must not run in the copy.
 #[expect(unsafe_code, reason = "signal dispositions")]
-pub(super) fn default_signals() {
+pub(crate) fn default_signals() {
     for signal in 1..=64 {
         // SAFETY: sets a disposition; those that cannot be set are refused.
         unsafe { libc::signal(signal, libc::SIG_DFL) };

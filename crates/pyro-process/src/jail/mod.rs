@@ -27,7 +27,7 @@ use rustix::mount::MountFlags;
 use rustix::process::Resource;
 use rustix::thread::UnshareFlags;
 
-pub(crate) use self::guards::{fork, keep_only};
+pub(crate) use self::guards::{default_signals, fork, keep_only};
 pub use self::landlock::has_landlock;
 pub(crate) use self::prepared::Prepared;
 use self::prepared::{PreparedBind, PreparedRoot};
