@@ -279,14 +279,16 @@ pub(crate) struct MachineArgs {
     pub(crate) backend: Option<String>,
 }
 
+const ALLOW: &str =
+    "Allow a host: NAME[:PORTS], *.NAME[:PORTS], ADDRESS[/LENGTH][:PORTS] or host.pyro.internal:PORT";
+
 /// What a guest may reach. With none of these it has no network device.
 #[derive(Debug, Args)]
 pub(crate) struct NetworkArgs {
     /// Allow the public internet; never this host, its networks, or cloud metadata
     #[arg(long)]
     pub(crate) network: bool,
-    /// Allow a host: NAME[:PORTS], *.NAME[:PORTS], ADDRESS[/LENGTH][:PORTS] or host.pyro.internal:PORT
-    #[arg(long, value_name = "HOST")]
+    #[arg(long, value_name = "HOST", help = ALLOW)]
     pub(crate) allow: Vec<String>,
     /// Deny a host, also where another rule allows it
     #[arg(long, value_name = "HOST")]
@@ -300,8 +302,7 @@ pub(crate) struct NetworkArgs {
 pub(crate) struct TaskNetworkArgs {
     /// The task's id
     pub(crate) task_id: String,
-    /// Allow a host: NAME[:PORTS], *.NAME[:PORTS], ADDRESS[/LENGTH][:PORTS] or host.pyro.internal:PORT
-    #[arg(long, value_name = "HOST")]
+    #[arg(long, value_name = "HOST", help = ALLOW)]
     pub(crate) allow: Vec<String>,
     /// Deny a host, also where another rule allows it
     #[arg(long, value_name = "HOST")]
