@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
-use pyro_net::Rule;
+use pyro_net::policy::Rule;
 use pyro_net::policy::PolicyText;
 
 fuzz_target!(|text: &str| {

@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use pyro_net::{Policy, Rule};
+use pyro_net::policy::{Policy, Rule};
 
 fuzz_target!(|input: (&str, &str, u16)| {
     let (text, name, port) = input;
