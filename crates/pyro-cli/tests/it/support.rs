@@ -204,6 +204,8 @@ impl SmallDisk {
 impl Drop for SmallDisk {
     fn drop(&mut self) {
         run(Command::new("umount").arg("-l").arg(&self.0));
+        // While it was mounted, whoever owns the directory could not remove it.
+        fs::remove_dir(&self.0).ok();
     }
 }
 
