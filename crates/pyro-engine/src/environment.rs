@@ -37,7 +37,7 @@ impl EngineConfig {
                 Some(dir) => dir,
                 None => base.cache_dir()?,
             },
-            policies_dir: base.config_dir(),
+            policies_dir: base.policies_dir(),
             apt_sources: path("PYRO_APT_SOURCES")?,
             tool_path,
             backend: text("PYRO_BACKEND")?,
@@ -104,8 +104,8 @@ impl Base {
         Ok(self.known()?.cache_dir().join("pyro/environments"))
     }
 
-    /// Where the user's own settings are; none where there is no home.
-    fn config_dir(&self) -> Option<PathBuf> {
+    /// Returns the folder of the user's network policies, or `None` without a home directory.
+    fn policies_dir(&self) -> Option<PathBuf> {
         self.0.as_ref().map(|base| base.config_dir().join("pyro/policies"))
     }
 

@@ -111,7 +111,7 @@ impl From<&Policy> for NetworkPolicy {
     }
 }
 
-/// The network of a machine. Without one, only the reason is told.
+/// The network of a machine, or the reason why it has none.
 #[derive(Clone, Debug, Serialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "the keys are those of the public contract, section 3")]

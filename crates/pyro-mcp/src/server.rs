@@ -177,7 +177,7 @@ impl Server {
         Ok(self.shared.network.clone())
     }
 
-    /// What agents are told of the network.
+    /// Describes the offered network to agents.
     fn network_words(&self) -> String {
         if !self.shared.network.has_nic() {
             return "Machines have no network.".to_owned();

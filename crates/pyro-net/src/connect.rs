@@ -193,7 +193,8 @@ pub(crate) async fn serve(shared: Arc<Shared>, guest: TcpStream) {
         }
     };
     shared.delist(number);
-    if let Err(error @ (Failed::Hello(_) | Failed::Dial(DialError::Forbidden))) = &result {
+    if let Err(error @ (Failed::Hello(_) | Failed::Dial(DialError::Forbidden | DialError::Revoked))) = &result
+    {
         // A decision of its own: what was allowed turned out to be something else.
         let mut entry = destination.entry(Kind::Connect, &decision);
         entry.allowed = Some(false);
@@ -307,12 +308,12 @@ impl Connection<'_> {
 async fn dial(shared: &Shared, opened: &Opened) -> Result<TcpStream, DialError> {
     let (policy, destination) = (shared.policy(), &opened.destination);
     if !destination.decide(&policy).allowed {
-        return Err(DialError::Forbidden);
+        return Err(DialError::Revoked);
     }
     let stream = shared.dialer.dial(&policy, &destination.target, destination.port).await?;
     opened.note_peer(&stream);
     // A change that came meanwhile has not seen where it leads.
-    if opened.is_allowed(&shared.policy()) { Ok(stream) } else { Err(DialError::Forbidden) }
+    if opened.is_allowed(&shared.policy()) { Ok(stream) } else { Err(DialError::Revoked) }
 }
 
 /// The server behind a connection whose requests are read.
@@ -330,7 +331,7 @@ impl http::Upstream for Server {
         match dial(&self.shared, &self.opened).await {
             Ok(stream) => Ok(Counted::new(stream, Arc::clone(&self.carried))),
             Err(error) => {
-                if matches!(error, DialError::Forbidden) {
+                if matches!(error, DialError::Forbidden | DialError::Revoked) {
                     let mut entry = self.opened.destination.entry(Kind::Connect, &self.decision);
                     entry.allowed = Some(false);
                     entry.why = Some(error.to_string());

@@ -44,6 +44,8 @@ pub(crate) enum DialError {
     Unresolved(#[source] io::Error),
     #[error("the name resolves to forbidden addresses only")]
     Forbidden,
+    #[error("the policy does not allow it any more")]
+    Revoked,
     #[error("the connection failed")]
     Connect(#[source] io::Error),
     #[error("no answer within {} s", .0.as_secs())]

@@ -96,7 +96,7 @@ impl Names {
         for (at, line) in bytes.split_inclusive(|byte| *byte == b'\n').enumerate() {
             let malformed = |reason| NamesError::Malformed { path: path.to_owned(), line: at + 1, reason };
             let (name, address) = parse(line).ok_or_else(|| malformed("write 'NAME ADDRESS'"))?;
-            // Of two entries the first is the one that the guest was told: a writer that was ending may have added another.
+            // The first of two entries wins, because the guest has it. A writer that was ending may have added the second.
             if names.by_name.contains_key(name) || names.by_address.contains_key(&address) {
                 continue;
             }

@@ -135,7 +135,7 @@ impl Network {
         let policy = Arc::new(policy);
         let old_digest = self.shared.policy().digest();
         *self.shared.policy.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&policy);
-        // Whoever has decided by the one before is on the list by now.
+        // Connections are listed under the lock that this took, so each that the old policy allowed is on the list by now.
         self.shared.note_policy(&format!("it was {old_digest}"));
         let closed_connections = self.shared.close(|opened| !opened.is_allowed(&policy));
         Changed { old_digest, new_digest: policy.digest(), closed_connections }
@@ -201,7 +201,7 @@ impl Shared {
         self.record(Entry { why: Some(why), ..Entry::now(Kind::Policy) });
     }
 
-    /// The right to answer a query; none where too many are being answered.
+    /// Returns a permit to answer a query, or `None` if too many are being answered.
     pub(crate) fn query_permit(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.queries).try_acquire_owned().ok()
     }

@@ -11,13 +11,13 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::task::JoinSet;
 
 use crate::dial::DialError;
-use crate::dns::{MAX_TCP, MAX_UDP, Plan, Query, Reply, reply_for};
+use crate::dns::{Kind as QueryKind, MAX_TCP, MAX_UDP, Plan, Query, Reply, reply_for};
 use crate::log::{Entry, Kind};
 use crate::names::NamesError;
 use crate::network::Shared;
 use crate::policy::HOST_NAME;
 
-/// The pause after an error of the socket, so that one that stays costs little.
+/// The pause after an error of the socket, so that a lasting error does not keep a processor busy.
 const AFTER_ERROR: Duration = Duration::from_millis(10);
 /// How long a connection may be idle.
 const STREAM_IDLE: Duration = Duration::from_secs(10);
@@ -143,8 +143,12 @@ async fn answer(shared: &Shared, query: &Query) -> Vec<u8> {
             }
         },
     };
-    // The names of addresses are nobody's secret: that there is none is no denial.
-    let allowed = allowed || query.kind() == crate::dns::Kind::Pointer;
+    let is_reverse = query.kind() == QueryKind::Pointer;
+    if is_reverse && !allowed {
+        // Programs look up the names of addresses by themselves. There are none, and the log must not call that a denial.
+        why = "addresses have no names here".to_owned();
+    }
+    let allowed = allowed || is_reverse;
     shared.record(Entry {
         name: Some(name.to_owned()),
         address: address.map(IpAddr::V4),

@@ -151,7 +151,7 @@ fn a_guest_reaches_what_its_policy_names_and_nothing_else() {
     assert_eq!(open, [format!("open host.pyro.internal:{gateway_port}")], "{found}");
     assert_eq!(found.lines().count(), 18, "{found}");
     assert_eq!(other.connections(), 0, "nobody came to what is not allowed");
-    // Its caller is told, so that it does not try again.
+    // The notes tell the caller, so that it does not try again.
     let notes = text(&output.stderr);
     assert!(notes.contains("note: resolve other.test denied by policy; allowed: up.test:7000, "), "{notes}");
     let entries = pyro.json(&["task", "logs", &id, "--network", "--json"]);

@@ -49,7 +49,7 @@ pub struct Entry {
     pub port: Option<u16>,
     /// The rule that decided.
     pub rule: Option<String>,
-    /// The decision; none where nothing was decided.
+    /// The decision, or `None` if nothing was decided.
     pub allowed: Option<bool>,
     /// The reason.
     pub why: Option<String>,

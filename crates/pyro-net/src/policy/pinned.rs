@@ -6,8 +6,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Where connections to a name go, whatever a resolver says. Whoever wrote it means this address, so it may be one that
-/// names of the internet never lead to.
+/// The address to which connections to a name go, in place of what the host's resolver says. The user chose it, so it may be
+/// a special address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Pinned {
