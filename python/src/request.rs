@@ -130,6 +130,7 @@ impl Machine {
         };
         let spec = VmSpec {
             network: self.network.policy(engine.policies_dir())?,
+            secrets: self.network.hold_secrets()?,
             allow_host_compat: self.allow_host_compat,
             require_isolation: self.require_isolation.map(named).transpose()?,
             cold: self.cold,

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pyro_proto::{
-    ExecEvent, ExecExited, ExecInput, ExecRefused, ExecStart, ExecStarted, exec_event, exec_exited,
+    EnvVar, ExecEvent, ExecExited, ExecInput, ExecRefused, ExecStart, ExecStarted, exec_event, exec_exited,
     exec_input, exec_refused, limits,
 };
 use rustix::io::Errno;
@@ -48,10 +48,12 @@ type Events = mpsc::Sender<Result<ExecEvent, Status>>;
 pub(crate) struct Command {
     start: ExecStart,
     cwd: CString,
+    /// Variables that every command gets, unless it has its own.
+    environment: Arc<[EnvVar]>,
 }
 
 impl Command {
-    pub(crate) fn check(start: ExecStart) -> Result<Self, String> {
+    pub(crate) fn check(start: ExecStart, environment: Arc<[EnvVar]>) -> Result<Self, String> {
         if start.argv.is_empty() == start.shell.is_empty() {
             return Err("give either argv or a shell string".to_owned());
         }
@@ -77,7 +79,7 @@ impl Command {
             return Err("cwd must be an absolute path".to_owned());
         }
         let cwd = CString::new(start.cwd.to_vec()).map_err(|error| error.to_string())?;
-        Ok(Self { start, cwd })
+        Ok(Self { start, cwd, environment })
     }
 }
 
@@ -126,7 +128,7 @@ impl Running {
     /// There is no `await` between making the group, the start and the registration with the reaper.
     fn start(guest: &Guest, reaper: &Reaper, command: &Command) -> Result<Self, ExecRefused> {
         let other = |error: io::Error| refused(&error, "the agent could not prepare the command");
-        let words = Words::of(&command.start).map_err(other)?;
+        let words = Words::of(command).map_err(other)?;
         let stdin = command.start.stdin.then(pipe_pair).transpose().map_err(other)?;
         let (stdin_end, stdin) = stdin.unzip();
         let (stdout, stdout_end) = pipe_pair().map_err(other)?;
@@ -246,7 +248,7 @@ struct Words {
 }
 
 impl Words {
-    fn of(start: &ExecStart) -> io::Result<Self> {
+    fn of(Command { start, environment, .. }: &Command) -> io::Result<Self> {
         let argv: Vec<CString> = if start.argv.is_empty() {
             [b"/bin/sh", &b"-lc"[..], &start.shell].into_iter().map(CString::new).collect::<Result<_, _>>()?
         } else {
@@ -259,7 +261,7 @@ impl Words {
             (b"LOGNAME", b"root"),
             (b"LANG", b"C.UTF-8"),
         ];
-        for variable in &start.env {
+        for variable in environment.iter().chain(&start.env) {
             variables.retain(|(name, _)| *name != &variable.name[..]);
             variables.push((&variable.name, &variable.value));
         }

@@ -5,11 +5,12 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use pyro_proto::{IdentifyRequest, limits};
+use pyro_proto::{EnvVar, IdentifyRequest, limits};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::boot::ROOT;
+use crate::trust;
 
 /// Why an identity was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -20,8 +21,8 @@ pub(crate) enum IdentityError {
     Refused { what: &'static str, source: io::Error },
 }
 
-/// Takes the whole identity or says which part failed.
-pub(crate) fn assume(request: &IdentifyRequest) -> Result<(), IdentityError> {
+/// Takes the whole identity or says which part failed. Returns the variables that every command gets.
+pub(crate) fn assume(request: &IdentifyRequest) -> Result<Vec<EnvVar>, IdentityError> {
     check(request)?;
     let refused = |what| move |source: io::Error| IdentityError::Refused { what, source };
     // The time is right at the moment at which it was sent.
@@ -39,7 +40,9 @@ pub(crate) fn assume(request: &IdentifyRequest) -> Result<(), IdentityError> {
     if let Err(error) = name_in_hosts(&before, &request.hostname) {
         crate::say(&format!("phase=identity: etc/hosts: {error}"));
     }
-    Ok(())
+    let mut environment = trust::variables(&request.authority);
+    environment.extend_from_slice(&request.environment);
+    Ok(environment)
 }
 
 /// Lets the guest resolve its own name. The line of the name that it had before goes; lines that it has added itself stay.
@@ -81,6 +84,14 @@ fn check(request: &IdentifyRequest) -> Result<(), IdentityError> {
     if request.machine_id.len() != 32 || !request.machine_id.bytes().all(hex) {
         return Err(IdentityError::Malformed { field: "machine_id" });
     }
+    let is_variable = |var: &EnvVar| {
+        !var.name.is_empty()
+            && !var.name.iter().any(|byte| matches!(byte, b'=' | 0))
+            && !var.value.contains(&0)
+    };
+    if !request.environment.iter().all(is_variable) {
+        return Err(IdentityError::Malformed { field: "environment" });
+    }
     Ok(())
 }
 
@@ -121,14 +132,14 @@ pub(crate) fn set_clock(nanos: u64) -> io::Result<()> {
 /// Writes a file of the guest's root. A disk that was used before may hold any symlink there, so the path is
 /// resolved as if that root were the whole file system. Text of the length that the file has is written over the old: to
 /// cut a file and let it grow again is several times the work.
-fn write_in_root(path: &str, text: &str) -> io::Result<()> {
+pub(crate) fn write_in_root(path: &str, text: &str) -> io::Result<()> {
     let file = open_in_root(path, OFlags::WRONLY | OFlags::CREATE)?;
     file.write_all_at(text.as_bytes(), 0)?;
     let length = text.len() as u64;
     if file.metadata()?.len() == length { Ok(()) } else { file.set_len(length) }
 }
 
-fn open_in_root(path: &str, flags: OFlags) -> io::Result<File> {
+pub(crate) fn open_in_root(path: &str, flags: OFlags) -> io::Result<File> {
     let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, ROOT, directory, Mode::empty())?;
     let mode = if flags.contains(OFlags::CREATE) { Mode::from_raw_mode(0o644) } else { Mode::empty() };

@@ -18,6 +18,7 @@ mod port;
 mod power;
 mod reaper;
 mod serve;
+mod trust;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -3,8 +3,8 @@
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -12,7 +12,7 @@ use hyper_util::service::TowerToHyperService;
 use pyro_proto::agent_server::{Agent, AgentServer};
 use pyro_proto::resync::{self, Step};
 use pyro_proto::{
-    ExecEvent, ExecInput, GENERATION, HelloReply, HelloRequest, IdentifyReply, IdentifyRequest,
+    EnvVar, ExecEvent, ExecInput, GENERATION, HelloReply, HelloRequest, IdentifyReply, IdentifyRequest,
     PowerOffReply, PowerOffRequest, RestReply, RestRequest, SetClockReply, SetClockRequest, SignalReply,
     SignalRequest, exec_input, limits,
 };
@@ -38,6 +38,7 @@ pub(crate) async fn serve(guest: Guest) -> io::Result<()> {
                     guest: Arc::clone(&guest),
                     reaper: reaper.clone(),
                     identified: Arc::default(),
+                    environment: Arc::default(),
                     rests: Arc::default(),
                 })
             };
@@ -147,6 +148,8 @@ struct Service {
     guest: Arc<Guest>,
     reaper: Reaper,
     identified: Arc<AtomicBool>,
+    /// The variables that every command gets.
+    environment: Arc<Mutex<Arc<[EnvVar]>>>,
     /// Told when the conversation shall end because the guest is at rest.
     rests: Arc<Notify>,
 }
@@ -170,9 +173,11 @@ impl Agent for Service {
     }
 
     async fn identify(&self, request: Request<IdentifyRequest>) -> Result<Response<IdentifyReply>, Status> {
-        identity::assume(request.get_ref()).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let environment = identity::assume(request.get_ref())
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        *self.environment.lock().unwrap_or_else(PoisonError::into_inner) = environment.into();
         self.identified.store(true, Ordering::Release);
-        Ok(Response::new(IdentifyReply {}))
+        Ok(Response::new(IdentifyReply { has_environment: true }))
     }
 
     async fn set_clock(&self, request: Request<SetClockRequest>) -> Result<Response<SetClockReply>, Status> {
@@ -192,7 +197,8 @@ impl Agent for Service {
         let Some(ExecInput { kind: Some(exec_input::Kind::Start(start)) }) = inputs.message().await? else {
             return Err(Status::invalid_argument("the first input must be a start"));
         };
-        let command = exec::Command::check(start).map_err(Status::invalid_argument)?;
+        let environment = Arc::clone(&self.environment.lock().unwrap_or_else(PoisonError::into_inner));
+        let command = exec::Command::check(start, environment).map_err(Status::invalid_argument)?;
         let (telling, told) = oneshot::channel();
         let mut events = exec::run(Arc::clone(&self.guest), self.reaper.clone(), command, inputs, told);
         let first = gather(&mut events).await;

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyro_image::{Environment, Pruned, Pulled, Store, StoreConfig};
+use pyro_net::Outbound;
 use pyro_vmm::host::HostFacts;
 use pyro_vmm::{DiskCache, Isolation, Vmm};
 use serde::Serialize;
@@ -54,6 +55,8 @@ pub struct EngineConfig {
     pub memory_overcommit: f64,
     /// How many times the free space of the state directory may be promised to disks, which are sparse.
     pub disk_overcommit: f64,
+    /// The way to the internet: proxies, and whose certificates are trusted.
+    pub outbound: Outbound,
     /// The `pyro` program, which serves as the supervisor of tasks; none: this engine makes none.
     pub supervisor: Option<PathBuf>,
 }

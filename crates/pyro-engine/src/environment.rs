@@ -5,6 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 use etcetera::BaseStrategy;
 use etcetera::base_strategy::Xdg;
+use pyro_net::Outbound;
 
 use crate::engine::EngineConfig;
 use crate::error::{Error, ErrorKind};
@@ -50,9 +51,19 @@ impl EngineConfig {
             runtime_dir: Some(path("PYRO_RUNTIME_DIR")?.unwrap_or_else(runtime_dir)),
             memory_overcommit: factor("PYRO_MEMORY_OVERCOMMIT", 1.0)?,
             disk_overcommit: factor("PYRO_DISK_OVERCOMMIT", 100.0)?,
+            outbound: outbound()?,
             supervisor,
         })
     }
+}
+
+/// The proxies and certificates that programs on this host use.
+fn outbound() -> Result<Outbound, Error> {
+    let mut outbound = Outbound::from_variables(|name| std::env::var_os(name));
+    if let Some(roots) = &outbound.roots {
+        outbound.roots = Some(absolute_path(roots)?);
+    }
+    Ok(outbound)
 }
 
 /// A path from a user as every process of pyro must understand it, whatever its working directory: `~` is the user's

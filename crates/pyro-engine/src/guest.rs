@@ -85,6 +85,10 @@ pub(crate) struct Identity {
     pub(crate) hostname: String,
     /// 32 hexadecimal digits.
     pub(crate) machine_id: String,
+    /// A certificate in PEM that its programs trust.
+    pub(crate) authority: Option<String>,
+    /// Variables of all its commands.
+    pub(crate) environment: Vec<(String, String)>,
 }
 
 /// What a command did next.
@@ -128,14 +132,26 @@ impl Guest {
     async fn identify(&mut self, identity: &Identity) -> io::Result<()> {
         let mut entropy = vec![0; 64];
         getrandom::fill(&mut entropy).map_err(io::Error::other)?;
+        let environment = identity.environment.iter().map(|(name, value)| EnvVar {
+            name: name.clone().into_bytes().into(),
+            value: value.clone().into_bytes().into(),
+        });
         let identity = IdentifyRequest {
             entropy: entropy.into(),
             realtime_nanos: realtime_nanos(),
             hostname: identity.hostname.clone(),
             machine_id: identity.machine_id.clone(),
+            authority: identity.authority.clone().unwrap_or_default().into(),
+            environment: environment.collect(),
         };
+        let needs_environment = !identity.authority.is_empty() || !identity.environment.is_empty();
         let mut asked = Instant::now();
-        self.client.identify(identity).await.map_err(other)?;
+        let reply = self.client.identify(identity).await.map_err(other)?;
+        if needs_environment && !reply.get_ref().has_environment {
+            let text = "the environment was built by an older pyro, whose guests cannot be given secrets; \
+                        build it anew: pyro env pull --rebuild";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+        }
         // A guest's clock is behind by no more than the time between question and answer: on a crowded host, that may
         // be too much.
         for _ in 0..CLOCK_ATTEMPTS {
@@ -300,7 +316,7 @@ mod tests {
         peer: impl FnOnce(UnixStream) -> P,
     ) {
         let (ours, theirs) = UnixStream::pair().expect("a pair");
-        let identity = Identity { hostname: "pyro-test".to_owned(), machine_id: "0".repeat(32) };
+        let identity = Identity::new("pyro-test".to_owned(), "0".repeat(32));
         let peer = tokio::spawn(peer(theirs));
         let met = tokio::time::timeout(Duration::from_secs(30), Guest::meet(ours, &identity)).await;
         met.expect("an answer").expect_err("no agent speaks like this");

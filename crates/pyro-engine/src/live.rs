@@ -155,9 +155,10 @@ impl Running {
         let began = Instant::now();
         let machine = machine.await.map_err(|error| not_launched(&error))?;
         let start = began.elapsed();
+        let identity = boot.identity.for_network(network.as_ref(), &boot.network);
         let met = tokio::select! {
             exit = machine.wait() => return Err(boot_failed(&exit)),
-            met = tokio::time::timeout(deadline, meet(&machine, &boot.identity)) => met,
+            met = tokio::time::timeout(deadline, meet(&machine, &identity)) => met,
         };
         match met {
             Ok(Ok(guest)) => {
@@ -282,11 +283,26 @@ impl Drop for Live {
 }
 
 impl Identity {
+    /// One with nothing but its names.
+    pub(crate) fn new(hostname: String, machine_id: String) -> Self {
+        Self { hostname, machine_id, authority: None, environment: Vec::new() }
+    }
+
+    /// With what the programs of the guest need to use its network.
+    fn for_network(&self, network: Option<&Network>, settings: &Settings) -> Self {
+        let secrets = settings.secrets.iter();
+        Self {
+            authority: network.and_then(Network::authority).map(str::to_owned),
+            environment: secrets.map(|held| (held.name.clone(), held.secret.placeholder.clone())).collect(),
+            ..self.clone()
+        }
+    }
+
     /// That of a machine which has never been: its id and a new machine-id.
     pub(crate) fn fresh(id: &str) -> Result<Self, Error> {
         let machine_id =
             crate::files::random_hex(16).map_err(|error| Error::host("random numbers", &error))?;
-        Ok(Self { hostname: format!("pyro-{id}"), machine_id })
+        Ok(Self::new(format!("pyro-{id}"), machine_id))
     }
 }
 

@@ -7,21 +7,30 @@ use std::sync::Arc;
 
 use pyro_net::log::Counts;
 use pyro_net::log::Denial;
-use pyro_net::policy::{Change, Mode, Opening, PolicyText, Rule, load};
+use pyro_net::policy::{Change, HostPattern, Mode, Opening, PolicyText, Rule, load};
+use pyro_net::secret::{MAX_SECRETS, Secret, SecretSource};
 use pyro_net::{Attach, Namespace, NamespaceError, Network, Settings};
 use pyro_vmm::{Driver, Nic, Tap, TapBy, Vmm};
 use serde::{Deserialize, Serialize};
 
+use crate::environment::absolute_path;
 use crate::error::{Error, ErrorKind, chain};
+use crate::task::TaskFile;
 
+pub use pyro_net::Outbound;
 pub use pyro_net::log::Entry as NetworkLogEntry;
 pub use pyro_net::policy::Policy;
+pub use pyro_net::secret::{HeldSecret, SecretText};
 
 /// Where taps come from.
 const TUN: &str = "/dev/net/tun";
 /// The files of a machine's network in its directory: the table of names, and the log.
 pub(crate) const NAMES: &str = "names";
 pub(crate) const LOG: &str = "network.jsonl";
+/// What all secrets of a machine may be together, in bytes.
+const MAX_SECRET_BYTES: usize = 64 << 10;
+/// The port at which secrets are sent: TLS alone.
+const HTTPS: u16 = 443;
 /// Denials that a command's result tells.
 const MOST_NOTES: usize = 5;
 /// Rules that such a note names.
@@ -87,6 +96,9 @@ pub struct NetworkPolicy {
     /// Names with addresses of their own, from a policy file.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub hosts: BTreeMap<String, String>,
+    /// Hosts whose requests are read, with those that are allowed, from a policy file.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub inspect: BTreeMap<String, Vec<String>>,
     /// Equal for equal policies.
     pub digest: String,
 }
@@ -106,6 +118,11 @@ impl From<&Policy> for NetworkPolicy {
             allow: texts(policy.allow()),
             deny: texts(policy.deny()),
             hosts: policy.hosts().iter().map(|(name, to)| (name.clone(), to.to_string())).collect(),
+            inspect: policy
+                .inspect()
+                .iter()
+                .map(|(host, rules)| (host.to_string(), rules.iter().map(ToString::to_string).collect()))
+                .collect(),
             digest: policy.digest(),
         }
     }
@@ -211,6 +228,8 @@ pub struct NetworkRequest {
     pub deny: Vec<String>,
     /// A policy file, or what one would hold.
     pub network_policy: Option<PolicySource>,
+    /// What the guest uses and does not see, by the variable that it has of it.
+    pub secrets: BTreeMap<String, SecretText>,
 }
 
 /// Where further rules come from.
@@ -229,7 +248,7 @@ impl NetworkRequest {
     /// # Errors
     /// When a rule or a file cannot be understood.
     pub fn policy(&self, policies: Option<&Path>) -> Result<Policy, Error> {
-        if *self == Self::default() {
+        if *self == (Self { secrets: self.secrets.clone(), ..Self::default() }) {
             return Ok(Policy::none());
         }
         let here = std::env::current_dir().unwrap_or_default();
@@ -245,9 +264,83 @@ impl NetworkRequest {
         parts.allow.extend(rules(&self.allow)?);
         parts.deny.extend(rules(&self.deny)?);
         Policy::new(parts.open || self.network, parts.allow, parts.deny)
-            .and_then(|policy| policy.with_hosts(parts.hosts))
+            .and_then(|policy| policy.with_hosts(parts.hosts)?.with_inspect(parts.inspect))
             .map_err(|error| invalid(&error.to_string()))
     }
+
+    /// Reads the values of the secrets.
+    ///
+    /// # Errors
+    /// When one is not as it should be, or has no value.
+    pub fn hold_secrets(&self) -> Result<Vec<HeldSecret>, Error> {
+        let hold = |(name, text): (&String, &SecretText)| {
+            let mut secret = Secret::of(name, text).map_err(|error| invalid(&error.to_string()))?;
+            if let SecretSource::File(path) = &mut secret.value_from {
+                *path = absolute_path(path)?;
+            }
+            let mut random = [0; 16];
+            getrandom::fill(&mut random).map_err(|error| Error::host("random numbers", &error))?;
+            secret.placeholder = Secret::new_placeholder(random);
+            secret.hold(name).map_err(|error| {
+                invalid(&error.to_string()).hint("set the variable or write the file, and try again")
+            })
+        };
+        self.secrets.iter().map(hold).collect()
+    }
+}
+
+/// A secret as records show it: never its value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct SecretRecord {
+    /// Where its value comes from.
+    pub value_from: String,
+    /// The hosts that it is sent to.
+    pub hosts: Vec<String>,
+}
+
+impl From<&Secret> for SecretRecord {
+    fn from(secret: &Secret) -> Self {
+        Self {
+            value_from: secret.value_from.to_string(),
+            hosts: secret.hosts.iter().map(ToString::to_string).collect(),
+        }
+    }
+}
+
+/// Checks that secrets can be used under a policy: one for a host that cannot be reached is a mistake.
+pub(crate) fn check_secrets(secrets: &[HeldSecret], policy: &Policy) -> Result<(), Error> {
+    if secrets.len() > MAX_SECRETS {
+        return Err(invalid(&format!("a machine has at most {MAX_SECRETS} secrets, not {}", secrets.len())));
+    }
+    if secrets.iter().map(HeldSecret::len).sum::<usize>() > MAX_SECRET_BYTES {
+        return Err(invalid(&format!("the values of all secrets are longer than {MAX_SECRET_BYTES} bytes")));
+    }
+    for held in secrets {
+        let unreached = held.secret.hosts.iter().filter_map(HostPattern::single);
+        let unreached = unreached.filter(|host| !policy.by_name(host, HTTPS).allowed).min();
+        if let Some(host) = unreached {
+            let text =
+                format!("secret '{}' is for {host}, which the network policy does not allow", held.name);
+            return Err(invalid(&text).hint(format!("allow it: --allow {host}:{HTTPS}")));
+        }
+        if !policy.has_nic() {
+            return Err(invalid(&format!("secret '{}' needs a network", held.name))
+                .hint("allow a host: --allow HOST"));
+        }
+    }
+    Ok(())
+}
+
+/// Reads the values of a task's secrets anew.
+pub(crate) fn secrets_of(file: &TaskFile) -> Result<Vec<HeldSecret>, Error> {
+    let hold = |(name, secret): (&String, &Secret)| {
+        secret.clone().hold(name).map_err(|error| {
+            invalid(&error.to_string())
+                .hint("values are kept nowhere: whoever starts the task again must have them")
+        })
+    };
+    file.secrets.iter().map(hold).collect()
 }
 
 fn rules(texts: &[String]) -> Result<Vec<Rule>, Error> {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::network::{NetworkPolicy, guest_ip, tap_name};
+use crate::network::{NetworkPolicy, SecretRecord, guest_ip, tap_name};
 use crate::spec::VmSpec;
 use crate::task::boottime;
 
@@ -53,6 +53,8 @@ pub struct VmRecord {
     pub network_enabled: bool,
     #[serde(default)]
     pub network_policy: NetworkPolicy,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub secrets: BTreeMap<String, SecretRecord>,
     pub allow_host_compat: bool,
     pub guest_ip: Option<String>,
     pub tap_name: Option<String>,
@@ -84,6 +86,7 @@ impl VmRecord {
             state: VmState::Created,
             network_enabled: spec.network.has_nic(),
             network_policy: NetworkPolicy::from(&spec.network),
+            secrets: spec.secrets.iter().map(|held| (held.name.clone(), (&held.secret).into())).collect(),
             allow_host_compat: spec.allow_host_compat,
             guest_ip: guest_ip(spec.network.has_nic()),
             tap_name: tap_name(spec.network.has_nic()),

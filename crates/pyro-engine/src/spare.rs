@@ -90,7 +90,8 @@ impl Engine {
 
     /// Makes a spare for the next machine of this description, in its own time.
     pub(crate) fn keep_spare(&self, spec: &VmSpec) {
-        if !self.inner.config.spare || spec.cold {
+        // Who has secrets gets a machine of its own.
+        if !self.inner.config.spare || spec.cold || !spec.secrets.is_empty() {
             return;
         }
         let mut slot = self.slot();
@@ -174,7 +175,7 @@ fn like(one: &VmSpec, other: &VmSpec) -> bool {
     let shape = |spec: &VmSpec| {
         (spec.environment.clone(), spec.vcpu_count, spec.mem_mib, spec.disk_mib, spec.network.digest())
     };
-    shape(one) == shape(other) && !other.cold
+    shape(one) == shape(other) && !other.cold && other.secrets.is_empty()
 }
 
 #[cfg(test)]
@@ -192,6 +193,7 @@ pub(crate) mod tests {
             state_dir: state.path().to_owned(),
             cache_dir,
             policies_dir: None,
+            outbound: pyro_net::Outbound::default(),
             apt_sources: None,
             tool_path: std::env::var_os("PATH").unwrap_or_default(),
             backend: None,

@@ -3,6 +3,7 @@
 use std::os::unix::ffi::OsStrExt;
 
 use pyro_net::Policy;
+use pyro_net::secret::HeldSecret;
 use pyro_proto::limits;
 use pyro_vmm::Isolation;
 use tokio::io::AsyncRead;
@@ -25,6 +26,8 @@ pub struct VmSpec {
     pub ttl_seconds: u32,
     /// What the guest may reach; [`Policy::none`] gives it no network device.
     pub network: Policy,
+    /// What the guest uses and does not see.
+    pub secrets: Vec<HeldSecret>,
     /// Whether commands may run on the host where no guest can be had.
     pub allow_host_compat: bool,
     /// Refuse anything that isolates less.
@@ -43,6 +46,7 @@ impl VmSpec {
             disk_mib: 8192,
             ttl_seconds: 600,
             network: Policy::none(),
+            secrets: Vec::new(),
             allow_host_compat: false,
             require_isolation: None,
             cold: false,
@@ -82,7 +86,7 @@ impl VmSpec {
         if !(60..=max_ttl).contains(&self.ttl_seconds) {
             return invalid(format!("ttl_seconds must be between 60 and {max_ttl}"));
         }
-        Ok(())
+        crate::network::check_secrets(&self.secrets, &self.network)
     }
 }
 

@@ -262,7 +262,7 @@ pub(crate) async fn save_machine(
 ) -> Result<Snapshot, Error> {
     let spec = MachineSpec { savable: true, ..spec };
     // As long as any other, so that its files need only be written over.
-    let identity = Identity { hostname: format!("pyro-{}", "0".repeat(12)), machine_id: "0".repeat(32) };
+    let identity = Identity::new(format!("pyro-{}", "0".repeat(12)), "0".repeat(32));
     let machine = vmm.launch(&spec).await.map_err(|error| unavailable(&format!("phase=start: {error}")))?;
     let work = async {
         let failed = |what: &str, error: &dyn std::fmt::Display| unavailable(&format!("{what}: {error}"));

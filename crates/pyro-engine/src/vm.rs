@@ -308,8 +308,13 @@ impl Engine {
         let fresh = Fresh { blank: &blank, disk_mib: spec.disk_mib, cold: spec.cold };
         let identity = Identity::fresh(id)?;
         let workspace = dir.join("workspace");
-        let network =
-            Settings { policy: spec.network.clone(), names: Some(dir.join(network::NAMES)), log: None };
+        let network = Settings {
+            policy: spec.network.clone(),
+            names: Some(dir.join(network::NAMES)),
+            log: None,
+            secrets: spec.secrets.clone(),
+            outbound: self.inner.config.outbound.clone(),
+        };
         let boot = environment.map(|environment| Boot {
             dir,
             environment,

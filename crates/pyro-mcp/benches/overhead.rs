@@ -28,7 +28,8 @@ async fn main() {
     };
     let engine = Engine::open(config.clone()).expect("the engine opens");
     let mut client =
-        Client::connect(Server::new(config, Profile::Full, pyro_engine::network::Policy::none())).await;
+        Client::connect(Server::new(config, Profile::Full, pyro_engine::network::Policy::none(), Vec::new()))
+            .await;
     let task = engine.create_task(VmSpec::new("debian:12"), Observer::none()).await.expect("a task").task_id;
 
     let (mut direct, mut served) = (Vec::new(), Vec::new());

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use pyro_engine::network::{NetworkPolicy, Policy};
+use pyro_engine::network::{HeldSecret, NetworkPolicy, Policy};
 use pyro_engine::{Engine, EngineConfig, VERSION};
 use rmcp::model::{
     CallToolRequestParams, CallToolResponse, CallToolResult, CancelledNotificationParam, ContentBlock,
@@ -74,6 +74,8 @@ struct Shared {
     profile: Profile,
     /// What a machine may reach whose caller asks for a network.
     network: Policy,
+    /// What such a machine uses and does not see.
+    secrets: Vec<HeldSecret>,
     tools: Vec<Entry>,
     calls: TaskTracker,
     /// Cancelled when the server is on its way out: calls end then, and what they have made.
@@ -83,12 +85,13 @@ struct Shared {
 impl Server {
     /// A server on an engine of this configuration. `network` is what machines may reach whose caller asks for a network;
     /// [`Policy::none`] offers none.
-    pub fn new(config: EngineConfig, profile: Profile, network: Policy) -> Self {
+    pub fn new(config: EngineConfig, profile: Profile, network: Policy, secrets: Vec<HeldSecret>) -> Self {
         let shared = Shared {
             config,
             engine: Mutex::default(),
             profile,
             network,
+            secrets,
             tools: tools::all().into_iter().filter(|entry| entry.profile <= profile).collect(),
             calls: TaskTracker::new(),
             ending: CancellationToken::new(),
@@ -163,10 +166,10 @@ impl Server {
         .await
     }
 
-    /// The network of a machine whose caller asks for one, or for none.
-    pub(crate) fn network(&self, wanted: bool) -> Result<Policy, Failure> {
+    /// The network of a machine whose caller asks for one, or for none, and its secrets.
+    pub(crate) fn network(&self, wanted: bool) -> Result<(Policy, Vec<HeldSecret>), Failure> {
         if !wanted {
-            return Ok(Policy::none());
+            return Ok((Policy::none(), Vec::new()));
         }
         if !self.shared.network.has_nic() {
             let text = "network=true is not available: this server offers no network";
@@ -174,7 +177,7 @@ impl Server {
                 "work without a network, or ask the user to start the server with --network or --allow HOST",
             ));
         }
-        Ok(self.shared.network.clone())
+        Ok((self.shared.network.clone(), self.shared.secrets.clone()))
     }
 
     /// Describes the offered network to agents.
@@ -194,7 +197,15 @@ impl Server {
         if !offered.deny.is_empty() {
             words.push_str(&format!(", but not {}", offered.deny.join(", ")));
         }
-        words + "; anything else is refused, and a result's notes say so."
+        words.push_str("; anything else is refused, and a result's notes say so.");
+        for HeldSecret { name, secret, .. } in &self.shared.secrets {
+            let hosts: Vec<String> = secret.hosts.iter().map(ToString::to_string).collect();
+            words.push_str(&format!(
+                " ${name} holds a placeholder: send it in a header over https to {}, and the host puts the secret in its place.",
+                hosts.join(", ")
+            ));
+        }
+        words
     }
 
     fn find(&self, name: &str) -> Option<&Entry> {

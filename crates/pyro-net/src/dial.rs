@@ -6,10 +6,13 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use rustls::ClientConfig;
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use crate::outbound::{Outbound, Proxy, Roots};
 use crate::policy::Policy;
 
 /// How long a name may take to be resolved.
@@ -48,19 +51,40 @@ pub(crate) enum DialError {
     Revoked,
     #[error("the connection failed")]
     Connect(#[source] io::Error),
+    #[error("the host's proxy does not connect")]
+    Proxy(#[source] io::Error),
+    #[error("TLS with the server failed")]
+    Tls(#[source] io::Error),
     #[error("no answer within {} s", .0.as_secs())]
     Timeout(Duration),
 }
 
+/// A connection to the outside.
+#[derive(Debug)]
+pub(crate) struct Dialled {
+    pub(crate) stream: TcpStream,
+    /// What the server has said already.
+    pub(crate) first: Bytes,
+    /// The server's address; none where a proxy knows it.
+    pub(crate) peer: Option<IpAddr>,
+}
+
 /// Resolves and connects for one guest.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Dialer {
     lookups: Arc<Semaphore>,
+    outbound: Outbound,
+    roots: Roots,
 }
 
 impl Dialer {
-    pub(crate) fn new() -> Self {
-        Self { lookups: Arc::new(Semaphore::new(LOOKUPS)) }
+    pub(crate) fn new(outbound: Outbound) -> Self {
+        Self { lookups: Arc::new(Semaphore::new(LOOKUPS)), outbound, roots: Roots::default() }
+    }
+
+    /// How to speak TLS with servers.
+    pub(crate) async fn tls(&self) -> io::Result<Arc<ClientConfig>> {
+        self.roots.client(&self.outbound).await
     }
 
     /// The addresses of a name, as the host knows them now.
@@ -93,21 +117,39 @@ impl Dialer {
         policy: &Policy,
         target: &Target,
         port: u16,
-    ) -> Result<TcpStream, DialError> {
+    ) -> Result<Dialled, DialError> {
         if let Target::Name(name) = target
             && let Some(pinned) = policy.pinned(name, port)
         {
             return self.connect(vec![pinned]).await;
         }
+        let proxy = match target {
+            Target::Host => None,
+            Target::Address(address) => Some(address.to_string()),
+            Target::Name(name) => Some(name.clone()),
+        };
+        let proxy = match proxy {
+            Some(host) => {
+                let proxy = self.outbound.proxy_for(&host, port).map_err(DialError::Proxy)?;
+                proxy.map(|proxy| (proxy, host))
+            }
+            None => None,
+        };
         let addresses = match target {
             Target::Host => vec![IpAddr::V4(Ipv4Addr::LOCALHOST)],
             Target::Address(address) => vec![IpAddr::V4(*address)],
-            Target::Name(name) => {
-                let found = self.resolve(name).await?;
-                let admitted =
-                    found.into_iter().filter(|address| policy.admits_address(*address, port, true));
-                in_turn(admitted.collect())
-            }
+            Target::Name(name) => match self.resolve(name).await {
+                Ok(found) => {
+                    let admitted =
+                        found.into_iter().filter(|address| policy.admits_address(*address, port, true));
+                    in_turn(admitted.collect())
+                }
+                Err(error) => match proxy {
+                    // Where a proxy leads out, the host itself may know no name of the outside.
+                    Some((proxy, host)) => return self.tunnel(&proxy, &host, port).await,
+                    None => return Err(error),
+                },
+            },
         };
         // What the host itself is reached by is no part of the internet, unless a rule for addresses names it.
         let is_foreign = |address: &IpAddr| {
@@ -117,16 +159,38 @@ impl Dialer {
         if addresses.is_empty() {
             return Err(DialError::Forbidden);
         }
-        self.connect(addresses.into_iter().map(|address| SocketAddr::new(address, port)).collect()).await
+        match proxy {
+            Some((proxy, host)) => self.tunnel(&proxy, &host, port).await,
+            None => {
+                self.connect(addresses.into_iter().map(|address| SocketAddr::new(address, port)).collect())
+                    .await
+            }
+        }
     }
 
-    async fn connect(&self, targets: Vec<SocketAddr>) -> Result<TcpStream, DialError> {
+    /// Connects through the host's proxy, which the user has named: its own address needs no rule.
+    async fn tunnel(&self, proxy: &Proxy, host: &str, port: u16) -> Result<Dialled, DialError> {
+        let addresses = match proxy.host.parse() {
+            Ok(address) => vec![address],
+            Err(_) => in_turn(self.resolve(&proxy.host).await?),
+        };
+        let targets =
+            addresses.into_iter().take(ADDRESSES).map(|address| SocketAddr::new(address, proxy.port));
+        let dialled = self.connect(targets.collect()).await?;
+        let tunnel = tokio::time::timeout(CONNECTED_WITHIN, proxy.tunnel(dialled.stream, host, port)).await;
+        let (stream, first) =
+            tunnel.map_err(|_elapsed| DialError::Timeout(CONNECTED_WITHIN))?.map_err(DialError::Proxy)?;
+        Ok(Dialled { stream, first, peer: None })
+    }
+
+    async fn connect(&self, targets: Vec<SocketAddr>) -> Result<Dialled, DialError> {
         match tokio::time::timeout(CONNECTED_WITHIN, first_of(targets, TcpStream::connect)).await {
             Ok(Ok(stream)) => {
                 // What a guest sends in pieces is passed on in pieces.
                 drop(stream.set_nodelay(true));
                 keep_alive(&stream);
-                Ok(stream)
+                let peer = stream.peer_addr().ok().map(|peer| peer.ip().to_canonical());
+                Ok(Dialled { stream, first: Bytes::new(), peer })
             }
             Ok(Err(error)) => Err(DialError::Connect(error)),
             Err(_elapsed) => Err(DialError::Timeout(CONNECTED_WITHIN)),

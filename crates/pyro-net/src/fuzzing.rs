@@ -3,9 +3,10 @@
 use std::io;
 use std::time::Duration;
 
+use hyper::Request;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
-use crate::http::{self, Authority, Upstream};
+use crate::http::{self, Authority, Protocol, Upstream};
 
 /// Reads the answers of netlink to messages.
 pub fn netlink_answers(bytes: &[u8]) {
@@ -17,6 +18,18 @@ pub fn netlink_answers(bytes: &[u8]) {
 /// # Panics
 /// When a request is neither answered nor ends the connection.
 pub fn http(bytes: &[u8]) -> Vec<u8> {
+    talk(bytes, Protocol::Http1)
+}
+
+/// As [`http`], over HTTP/2.
+///
+/// # Panics
+/// As [`http`].
+pub fn http2(bytes: &[u8]) -> Vec<u8> {
+    talk(bytes, Protocol::Http2)
+}
+
+fn talk(bytes: &[u8], protocol: Protocol) -> Vec<u8> {
     const WITHIN: Duration = Duration::from_secs(5);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
     let talk = async {
@@ -30,7 +43,7 @@ pub fn http(bytes: &[u8]) -> Vec<u8> {
             says.shutdown().await.ok();
         };
         let hear = async { hears.read_to_end(&mut heard).await.ok() };
-        let (_served, (), _) = tokio::join!(http::serve(own, authority, NoServer), say, hear);
+        let (_served, (), _) = tokio::join!(http::serve(own, authority, NoServer, protocol), say, hear);
         heard
     };
     runtime.block_on(async { tokio::time::timeout(WITHIN, talk).await }).expect("a guest that has ended")
@@ -46,7 +59,7 @@ impl Upstream for NoServer {
         Err(io::ErrorKind::ConnectionRefused.into())
     }
 
-    fn decide(&self, _method: &str, _path: &str, refused: Option<&'static str>) -> Result<(), String> {
+    fn decide<B>(&self, _: &mut Request<B>, refused: Option<&'static str>) -> Result<(), String> {
         refused.map_or(Ok(()), |why| Err(why.to_owned()))
     }
 }

@@ -14,6 +14,7 @@ const HANDSHAKE: u8 = 0x16;
 pub struct Hello {
     state: State,
     taken: usize,
+    offers_http2: bool,
 }
 
 /// What is known after some bytes.
@@ -50,7 +51,12 @@ impl Default for Hello {
 impl Hello {
     /// A reader that has seen nothing.
     pub fn new() -> Self {
-        Self { state: State::Reading(Box::default()), taken: 0 }
+        Self { state: State::Reading(Box::default()), taken: 0, offers_http2: false }
+    }
+
+    /// Whether the client can speak HTTP/2, once its hello is whole.
+    pub fn offers_http2(&self) -> bool {
+        self.offers_http2
     }
 
     /// Takes the next bytes; returns what is known now. After the end it returns the same again.
@@ -72,7 +78,7 @@ impl Hello {
                 self.state = State::Done(HelloStep::NotTls(reason));
                 break;
             }
-            match step(acceptor, &rest[..rest.len().min(room)]) {
+            match step(acceptor, &rest[..rest.len().min(room)], &mut self.offers_http2) {
                 Ok((taken, None)) => {
                     self.taken += taken;
                     rest = &rest[taken..];
@@ -89,7 +95,11 @@ impl Hello {
 }
 
 /// Gives the acceptor some bytes, of which it takes at least one.
-fn step(acceptor: &mut Acceptor, mut bytes: &[u8]) -> Result<(usize, Option<HelloStep>), String> {
+fn step(
+    acceptor: &mut Acceptor,
+    mut bytes: &[u8],
+    offers_http2: &mut bool,
+) -> Result<(usize, Option<HelloStep>), String> {
     let reader: &mut dyn io::Read = &mut bytes;
     let taken = acceptor.read_tls(reader).map_err(|error| error.to_string())?;
     if taken == 0 {
@@ -98,6 +108,8 @@ fn step(acceptor: &mut Acceptor, mut bytes: &[u8]) -> Result<(usize, Option<Hell
     match acceptor.accept() {
         Ok(None) => Ok((taken, None)),
         Ok(Some(accepted)) => {
+            let mut protocols = accepted.client_hello().alpn().into_iter().flatten();
+            *offers_http2 = protocols.any(|protocol| protocol == b"h2");
             let name = accepted.client_hello().server_name().map(str::to_ascii_lowercase);
             let name = name.map(|name| name.strip_suffix('.').map(str::to_owned).unwrap_or(name));
             Ok((taken, Some(HelloStep::Name(name))))

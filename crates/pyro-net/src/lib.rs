@@ -13,9 +13,13 @@
 //! A guest asks our resolver ([`dns`]), which gives each name that the policy allows an address of its own ([`names`]).
 //! A connection to that address is judged by the name, its TLS hello must agree ([`hello`]), and the host resolves the name
 //! again. Every decision is logged ([`log`]).
+//!
+//! TLS passes by unread, but for hosts that a [`secret`] is for or whose requests the policy inspects: there it ends, with
+//! a certificate of the network's own towards the guest, and the requests are read and passed on over verified TLS.
 
 mod address;
 mod append;
+mod certificates;
 mod connect;
 mod dial;
 pub mod dns;
@@ -27,11 +31,14 @@ pub mod log;
 pub mod names;
 mod namespace;
 mod network;
+mod outbound;
 pub mod policy;
 mod relay;
 mod resolver;
+pub mod secret;
 
 pub use address::{GATEWAY, GUEST, GUEST_MAC, PREFIX, SUBNET, is_special};
 pub use namespace::{Attach, Namespace, NamespaceError, Step, TAP};
 pub use network::{Changed, Network, Settings};
+pub use outbound::Outbound;
 pub use policy::Policy;

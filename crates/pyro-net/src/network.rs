@@ -11,13 +11,16 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
+use crate::certificates::CertificateAuthority;
 use crate::connect::{self, Opened};
 use crate::dial::Dialer;
 use crate::log::{Counts, Denial, Entry, Kind, Log};
 use crate::names::Names;
-use crate::policy::Policy;
+use crate::outbound::Outbound;
+use crate::policy::{HostPattern, Policy};
 use crate::relay::reset;
 use crate::resolver::Queries;
+use crate::secret::HeldSecret;
 
 /// Connections that a guest may have at the same time: each costs descriptors and the kernel's buffers.
 const CONNECTIONS: usize = 1024;
@@ -46,6 +49,17 @@ pub struct Settings {
     pub names: Option<PathBuf>,
     /// The file of the log; none: only counts are kept.
     pub log: Option<PathBuf>,
+    /// What the guest may use and not see.
+    pub secrets: Vec<HeldSecret>,
+    /// How this host reaches the internet.
+    pub outbound: Outbound,
+}
+
+impl Settings {
+    /// A network that keeps nothing on disk.
+    pub fn new(policy: Policy) -> Self {
+        Self { policy, names: None, log: None, secrets: Vec::new(), outbound: Outbound::default() }
+    }
 }
 
 /// The network of one running guest. Dropping it ends every connection.
@@ -75,6 +89,9 @@ pub(crate) struct Shared {
     /// Told of each entry.
     recorded: Notify,
     pub(crate) dialer: Dialer,
+    pub(crate) secrets: Vec<HeldSecret>,
+    /// Signs for the hosts whose TLS ends here; none: there is no such host.
+    pub(crate) authority: Option<CertificateAuthority>,
     open: Mutex<Open>,
     queries: Arc<Semaphore>,
     new_names: Mutex<(Instant, u32)>,
@@ -98,6 +115,7 @@ impl Network {
             None => Names::new(),
         };
         let log = Log::open(settings.log, LOG_BYTES)?;
+        let authority = authority(&settings.policy, &settings.secrets)?;
         tcp.set_nonblocking(true)?;
         let listener = TcpListener::from_std(tcp)?;
         let queries = Queries::new(dns)?;
@@ -106,7 +124,9 @@ impl Network {
             names: Mutex::new(names),
             log: Mutex::new(log),
             recorded: Notify::new(),
-            dialer: Dialer::new(),
+            dialer: Dialer::new(settings.outbound),
+            secrets: settings.secrets,
+            authority,
             open: Mutex::default(),
             queries: Arc::new(Semaphore::new(QUERIES)),
             new_names: Mutex::new((Instant::now(), 0)),
@@ -125,6 +145,11 @@ impl Network {
         &self.shared
     }
 
+    #[cfg(test)]
+    pub(crate) fn shared_again(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared)
+    }
+
     /// What the guest may reach now.
     pub fn policy(&self) -> Arc<Policy> {
         self.shared.policy()
@@ -139,6 +164,11 @@ impl Network {
         self.shared.note_policy(&format!("it was {old_digest}"));
         let closed_connections = self.shared.close(|opened| !opened.is_allowed(&policy));
         Changed { old_digest, new_digest: policy.digest(), closed_connections }
+    }
+
+    /// The certificate that the guest must trust, as PEM, where TLS to some of its hosts ends here.
+    pub fn authority(&self) -> Option<&str> {
+        self.shared.authority.as_ref().map(CertificateAuthority::pem)
     }
 
     /// Counts of what the guest did.
@@ -244,6 +274,16 @@ impl Shared {
     pub(crate) fn delist(&self, number: u64) {
         self.open().connections.remove(&number);
     }
+}
+
+/// The authority for the hosts whose TLS ends here, if there is one.
+fn authority(policy: &Policy, secrets: &[HeldSecret]) -> io::Result<Option<CertificateAuthority>> {
+    let hosts = secrets.iter().flat_map(|held| &held.secret.hosts).chain(policy.inspect().keys());
+    let domains: std::collections::BTreeSet<String> = hosts.map(HostPattern::domain).collect();
+    if domains.is_empty() {
+        return Ok(None);
+    }
+    CertificateAuthority::new(domains).map(Some).map_err(io::Error::other)
 }
 
 /// The right to have a connection: as many as this process has descriptors for, whichever of its guests they are of.

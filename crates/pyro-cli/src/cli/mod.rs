@@ -296,6 +296,9 @@ pub(crate) struct NetworkArgs {
     /// Take rules from a file, or from a policy of this name in ~/.config/pyro/policies
     #[arg(long, value_name = "FILE")]
     pub(crate) network_policy: Option<String>,
+    /// Let the guest use a secret that it never sees: NAME=env:VARIABLE@HOST or NAME=file:PATH@HOST, more hosts after commas
+    #[arg(long, value_name = "SECRET")]
+    pub(crate) secret: Vec<String>,
 }
 
 #[derive(Debug, Args)]

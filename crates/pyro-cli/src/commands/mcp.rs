@@ -41,8 +41,8 @@ async fn serve(args: McpServeArgs, printer: &Printer, mut interrupt: Interrupt) 
     // The next command of an agent is like its last.
     config.spare = true;
     start_log(args.log_file.as_deref())?;
-    let network = network_of(args.network, config.policies_dir.as_deref())?;
-    let server = Server::new(config, args.profile, network);
+    let (network, secrets) = network_of(args.network, config.policies_dir.as_deref())?;
+    let server = Server::new(config, args.profile, network, secrets);
     let owner = args.while_open.map(owner).transpose()?;
     let stop = CancellationToken::new();
     let stopped = tokio::spawn({

@@ -1,9 +1,10 @@
 //! `pyro run`: one command in a fresh microVM.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 
-use pyro_engine::network::{NetworkRequest, Policy, PolicySource};
+use pyro_engine::network::{HeldSecret, NetworkRequest, Policy, PolicySource, SecretText};
 use pyro_engine::{Command, Engine, ExecResult, ExecSpec, Isolation, Observer, Phase, VmSpec};
 
 use crate::cli::{MachineArgs, NetworkArgs, RunArgs};
@@ -89,8 +90,10 @@ pub(super) fn command(words: Vec<std::ffi::OsString>) -> Command {
 
 /// The machine that is asked for.
 pub(super) fn machine(args: MachineArgs, policies: Option<&Path>) -> Result<VmSpec, Failure> {
+    let (network, secrets) = network_of(args.network, policies)?;
     let spec = VmSpec {
-        network: network_of(args.network, policies)?,
+        network,
+        secrets,
         allow_host_compat: args.allow_host_compat,
         require_isolation: args.require_isolation.map(Isolation::from),
         cold: args.cold,
@@ -99,11 +102,23 @@ pub(super) fn machine(args: MachineArgs, policies: Option<&Path>) -> Result<VmSp
     Ok(spec.sized(args.vcpu_count, args.mem_mib, args.disk_mib, args.ttl_seconds))
 }
 
-/// The network that is asked for.
-pub(super) fn network_of(args: NetworkArgs, policies: Option<&Path>) -> Result<Policy, Failure> {
-    let NetworkArgs { network, allow, deny, network_policy } = args;
+/// The network that is asked for, and the secrets that the guest uses there.
+pub(super) fn network_of(
+    args: NetworkArgs,
+    policies: Option<&Path>,
+) -> Result<(Policy, Vec<HeldSecret>), Failure> {
+    let NetworkArgs { network, allow, deny, network_policy, secret } = args;
     let network_policy = network_policy.map(PolicySource::File);
-    Ok(NetworkRequest { network, allow, deny, network_policy }.policy(policies)?)
+    let mut secrets = BTreeMap::new();
+    for text in secret {
+        let refused = |error: String| Failure::new("invalid_value", error);
+        let (name, secret) = SecretText::parse(&text).map_err(|error| refused(error.to_string()))?;
+        if secrets.insert(name.clone(), secret).is_some() {
+            return Err(refused(format!("secret '{name}' is given twice")));
+        }
+    }
+    let request = NetworkRequest { network, allow, deny, network_policy, secrets };
+    Ok((request.policy(policies)?, request.hold_secrets()?))
 }
 
 /// Tells the phases of a command as they come.

@@ -83,6 +83,7 @@ fn a_call_that_is_given_up_leaves_a_machine_that_works_or_is_gone() {
 fn config(pyro: &Pyro) -> EngineConfig {
     EngineConfig {
         policies_dir: None,
+        outbound: pyro_engine::network::Outbound::default(),
         state_dir: pyro.state().to_owned(),
         cache_dir: environments(),
         apt_sources: None,

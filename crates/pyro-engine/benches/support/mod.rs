@@ -21,6 +21,7 @@ pub(crate) fn config(state: &Path, max_active_vms: u32) -> EngineConfig {
         state_dir: state.to_owned(),
         cache_dir: variable("PYRO_TEST_ENVIRONMENTS"),
         policies_dir: None,
+        outbound: pyro_engine::network::Outbound::default(),
         apt_sources: None,
         tool_path: std::env::var_os("PATH").unwrap_or_default(),
         backend: None,

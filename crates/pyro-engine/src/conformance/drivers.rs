@@ -30,6 +30,7 @@ fn driver(backend: &str) -> Result<Had, String> {
         state_dir: dir.path().join("state"),
         cache_dir: dir.path().join("cache"),
         policies_dir: None,
+        outbound: pyro_net::Outbound::default(),
         apt_sources: None,
         tool_path: std::env::var_os("PATH").unwrap_or_default(),
         backend: Some(backend.to_owned()),

@@ -62,7 +62,11 @@ impl Echo {
     fn settings(&self, dir: &std::path::Path) -> Settings {
         let rule: Rule = format!("host.pyro.internal:{}", self.port).parse().expect("a rule");
         let policy = Policy::new(false, vec![rule], Vec::new()).expect("a policy");
-        Settings { policy, names: Some(dir.join("names")), log: Some(dir.join("network.jsonl")) }
+        Settings {
+            names: Some(dir.join("names")),
+            log: Some(dir.join("network.jsonl")),
+            ..Settings::new(policy)
+        }
     }
 
     async fn is_reached_by(&self, guest: &Guest) {

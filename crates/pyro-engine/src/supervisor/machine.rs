@@ -126,14 +126,19 @@ impl Owned for TaskMachine {
                 policy: file.network.clone(),
                 names: Some(directory.path().join(network::NAMES)),
                 log: Some(directory.path().join(network::LOG)),
+                secrets: self.supervisor.secrets.clone(),
+                outbound: engine.inner.config.outbound.clone(),
             },
-            identity: Identity { hostname: format!("pyro-{id}"), machine_id: file.machine_id.clone() },
+            identity: Identity::new(format!("pyro-{id}"), file.machine_id.clone()),
         });
+        // A process that cannot be dumped cannot make user namespaces for its children.
+        self.supervisor.allow_dumps(true);
         let (place, _times) = engine.hand_out(boot, directory.workspace(), terms(&file)?).await?;
         Ok(place)
     }
 
     async fn started(&mut self, booted: Result<Place, Error>) -> Result<(), Error> {
+        self.supervisor.allow_dumps(false);
         let recorded = booted.and_then(|place| {
             self.supervisor.write(|file| {
                 place.describe(&mut file.metadata);

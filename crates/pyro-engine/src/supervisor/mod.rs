@@ -26,6 +26,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyro_image::Environment;
+use pyro_net::secret::HeldSecret;
 use tokio::sync::watch;
 
 use self::commands::Commands;
@@ -48,6 +49,15 @@ struct Handed {
     ready: File,
 }
 
+/// What the supervisor was ordered to look after.
+struct Ordered {
+    file: TaskFile,
+    /// The process that gave the order.
+    owner: String,
+    cold: bool,
+    secrets: Vec<HeldSecret>,
+}
+
 /// All that the supervisor of one task knows.
 pub(crate) struct Supervisor {
     engine: Engine,
@@ -66,6 +76,8 @@ pub(crate) struct Supervisor {
     network_changes: tokio::sync::Mutex<()>,
     /// Boot the guest of a new task, also where there is a template.
     cold: bool,
+    /// What the guest uses and does not see.
+    secrets: Vec<HeldSecret>,
     /// True once the task is gone.
     gone: watch::Sender<bool>,
 }
@@ -80,7 +92,8 @@ pub async fn supervise() -> io::Result<()> {
     let (kind, id) = (order.kind, order.file.task_id.clone());
     let config = EngineConfig::from(order.config);
     let state_dir = config.state_dir.clone();
-    let supervisor = match Supervisor::open(config, order.file, &order.owner, order.cold, lock) {
+    let what = Ordered { file: order.file, owner: order.owner, cold: order.cold, secrets: order.secrets };
+    let supervisor = match Supervisor::open(config, what, lock) {
         Ok(supervisor) => supervisor,
         Err((error, lock)) => {
             abandon(&state_dir, &id, kind, lock);
@@ -148,12 +161,10 @@ impl Supervisor {
     /// Makes the supervisor and its owner. On failure the lock comes back.
     fn open(
         config: EngineConfig,
-        file: TaskFile,
-        former: &str,
-        cold: bool,
+        Ordered { file, owner: former, cold, secrets }: Ordered,
         lock: File,
     ) -> Result<Arc<Self>, (Error, File)> {
-        let (engine, directory, environment, last) = match Self::prepare(config, &file, former) {
+        let (engine, directory, environment, last) = match Self::prepare(config, &file, &former) {
             Ok(opened) => opened,
             Err(error) => return Err((error, lock)),
         };
@@ -172,6 +183,7 @@ impl Supervisor {
             owner,
             network_changes: tokio::sync::Mutex::default(),
             cold,
+            secrets,
             gone: watch::Sender::new(false),
         });
         let machine = TaskMachine::new(Arc::clone(&supervisor), lock);
@@ -208,6 +220,18 @@ impl Supervisor {
         let state = file.state.as_str();
         *self.file() = file;
         self.engine.inner.registry.set_task_state(&self.id, state)
+    }
+
+    /// Says whether the memory of this process may be looked at and dumped, where it holds secrets.
+    fn allow_dumps(&self, allow: bool) {
+        use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+        if self.secrets.is_empty() {
+            return;
+        }
+        let behavior = if allow { DumpableBehavior::Dumpable } else { DumpableBehavior::NotDumpable };
+        if let Err(error) = set_dumpable_behavior(behavior) {
+            serve::complain(&format!("this process, which holds secrets, can be dumped: {error}"));
+        }
     }
 
     /// Starts the guest; with a cap, a slot is taken for it first.

@@ -10,13 +10,17 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pyro_net::Outbound;
+use pyro_net::secret::HeldSecret;
 use pyro_process::Spawn;
 use pyro_vmm::DiskCache;
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
 
 use crate::engine::{Engine, EngineConfig};
 use crate::error::{Error, ErrorKind};
 use crate::files;
+use crate::network::secrets_of;
 use crate::observe::{Observer, Phase};
 use crate::record::VmState;
 use crate::registry::{Registry, now, this_process};
@@ -52,6 +56,8 @@ pub(crate) struct Order {
     pub(crate) file: TaskFile,
     /// The process that gives the order, by which the task's row knows its owner until the supervisor takes over.
     pub(crate) owner: String,
+    /// What the guest uses and does not see. It goes through a pipe, and nowhere else.
+    pub(crate) secrets: Vec<HeldSecret>,
 }
 
 /// The engine's configuration, with paths of any bytes.
@@ -70,6 +76,7 @@ pub(crate) struct OrderConfig {
     runtime_dir: Option<OsString>,
     memory_overcommit: f64,
     disk_overcommit: f64,
+    outbound: Outbound,
 }
 
 /// What a supervisor answers, once.
@@ -95,6 +102,7 @@ impl From<&EngineConfig> for OrderConfig {
             runtime_dir: config.runtime_dir.clone().map(Into::into),
             memory_overcommit: config.memory_overcommit,
             disk_overcommit: config.disk_overcommit,
+            outbound: config.outbound.clone(),
         }
     }
 }
@@ -117,6 +125,7 @@ impl From<OrderConfig> for EngineConfig {
             runtime_dir: config.runtime_dir.map(Into::into),
             memory_overcommit: config.memory_overcommit,
             disk_overcommit: config.disk_overcommit,
+            outbound: config.outbound,
             supervisor: None,
         }
     }
@@ -172,6 +181,7 @@ impl Engine {
             isolation: isolation.to_owned(),
             start_mode: "cold".to_owned(),
             network: spec.network.clone(),
+            secrets: spec.secrets.iter().map(|held| (held.name.clone(), held.secret.clone())).collect(),
             require_isolation: spec.require_isolation.map(|tier| tier.as_str().to_owned()),
             metadata: std::collections::BTreeMap::new(),
             last_error: None,
@@ -201,7 +211,7 @@ impl Engine {
         let lock = unborn.lock.as_ref().map(File::try_clone);
         let lock = lock.transpose().map_err(|error| Error::host("a descriptor", &error))?;
         let lock = lock.ok_or_else(|| Error::new(ErrorKind::Host, "the task has no lock"))?;
-        let report = self.spawn_supervisor(lock, Kind::Create, spec.cold, file)?;
+        let report = self.spawn_supervisor(lock, Kind::Create, spec.cold, file, spec.secrets)?;
         // It is the supervisor's from here on: where nobody waits for its report any more, it removes the task.
         drop(unborn.lock.take());
         self.hear(report, &id).await?;
@@ -217,6 +227,8 @@ impl Engine {
     /// Gives a stopped task a new supervisor, which boots its guest.
     pub(super) async fn revive(&self, lock: File, file: TaskFile) -> Result<(), Error> {
         let id = file.task_id.clone();
+        // Their values are on no disk: this process must have them, as the one that made the task had.
+        let secrets = secrets_of(&file)?;
         crate::budget::check(self.inner.registry.state_dir(), file.mem_mib)?;
         let (engine, cap) = (self.clone(), self.inner.config.max_active_vms);
         self.blocking({
@@ -224,7 +236,7 @@ impl Engine {
             move || engine.before_spare(|| engine.inner.registry.readmit_task(cap, &id))
         })
         .await?;
-        let report = self.spawn_supervisor(lock, Kind::Start, false, file);
+        let report = self.spawn_supervisor(lock, Kind::Start, false, file, secrets);
         let heard = match report {
             Ok(report) => self.hear(report, &id).await,
             Err(error) => Err(error),
@@ -237,7 +249,14 @@ impl Engine {
         heard
     }
 
-    fn spawn_supervisor(&self, lock: File, kind: Kind, cold: bool, file: TaskFile) -> Result<File, Error> {
+    fn spawn_supervisor(
+        &self,
+        lock: File,
+        kind: Kind,
+        cold: bool,
+        file: TaskFile,
+        secrets: Vec<HeldSecret>,
+    ) -> Result<File, Error> {
         let inner = &self.inner;
         let program = inner.config.supervisor.as_deref().ok_or_else(|| {
             Error::new(ErrorKind::Host, "this engine has no supervisor program, so it makes no tasks")
@@ -247,8 +266,9 @@ impl Engine {
         let failed = |what: &str, error: &io::Error| Error::host(what, error);
         let listener = socket::bind(&directory).map_err(|error| failed("the task's socket", &error))?;
         let config = OrderConfig::from(&inner.config);
-        let order = Order { kind, cold, config, file, owner: this_process() };
+        let order = Order { kind, cold, config, file, owner: this_process(), secrets };
         let order = serde_json::to_vec(&order).map_err(|error| Error::host("the order", &error))?;
+        let order = Zeroizing::new(order);
         let (order_read, order_write) = io::pipe().map_err(|error| failed("a pipe", &error))?;
         let (ready_read, ready_write) = io::pipe().map_err(|error| failed("a pipe", &error))?;
         let log = File::create(directory.log()).map_err(|error| Error::state(directory.path(), &error))?;
@@ -265,7 +285,7 @@ impl Engine {
             Error::host("the task's supervisor could not be started", &error)
                 .hint(format!("check that '{}' can be run", program.display()))
         })?;
-        // It fits into the pipe (64 KiB), and the supervisor reads it first of all.
+        // It mostly fits into the pipe (64 KiB), and the supervisor reads it first of all.
         let mut order_write = File::from(OwnedFd::from(order_write));
         // Where it died already, its report says so.
         drop(order_write.write_all(&order));
@@ -312,8 +332,8 @@ async fn hear(report: File, id: &str) -> Result<(), Error> {
 
 /// Reads the order that a supervisor is given.
 pub(crate) fn read_order(from: impl io::Read) -> io::Result<Order> {
-    const MOST_BYTES: u64 = 256 << 10;
-    let mut bytes = Vec::new();
+    const MOST_BYTES: u64 = 1 << 20;
+    let mut bytes = Zeroizing::new(Vec::new());
     BufReader::new(from.take(MOST_BYTES)).read_until(0, &mut bytes)?;
     serde_json::from_slice(&bytes).map_err(io::Error::other)
 }

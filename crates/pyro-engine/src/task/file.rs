@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use pyro_net::Policy;
+use pyro_net::secret::Secret;
 use serde::{Deserialize, Serialize};
 
 use crate::budget::Promise;
@@ -47,6 +48,9 @@ pub(crate) struct TaskFile {
     /// What its guest may reach.
     #[serde(default = "Policy::none")]
     pub(crate) network: Policy,
+    /// What its guest uses and does not see, by the variable that it has of it; never the values.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) secrets: BTreeMap<String, Secret>,
     /// The least tier that its guest may have.
     #[serde(default)]
     pub(crate) require_isolation: Option<String>,
@@ -216,6 +220,7 @@ pub(crate) mod tests {
             isolation: "qemu-tcg".to_owned(),
             start_mode: "cold".to_owned(),
             network: Policy::none(),
+            secrets: BTreeMap::new(),
             require_isolation: None,
             metadata: BTreeMap::new(),
             last_error: None,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::network::{NetworkPolicy, guest_ip, tap_name};
+use crate::network::{NetworkPolicy, SecretRecord, guest_ip, tap_name};
 use crate::record::VmState;
 use crate::task::file::TaskFile;
 use crate::task::journal::{EntryStatus, JournalEntry};
@@ -29,6 +29,8 @@ pub struct TaskRecord {
     pub state: VmState,
     pub network_enabled: bool,
     pub network_policy: NetworkPolicy,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub secrets: BTreeMap<String, SecretRecord>,
     pub allow_host_compat: bool,
     pub guest_ip: Option<String>,
     pub tap_name: Option<String>,
@@ -184,6 +186,7 @@ impl TaskRecord {
             state: file.state,
             network_enabled: has_network,
             network_policy: NetworkPolicy::from(&file.network),
+            secrets: file.secrets.into_iter().map(|(name, secret)| (name, (&secret).into())).collect(),
             allow_host_compat: file.allow_host_compat,
             guest_ip: guest_ip(has_network),
             tap_name: tap_name(has_network),

@@ -100,8 +100,10 @@ enum Tier {
 impl Machine {
     /// As the engine wants it.
     pub(super) fn spec(self, server: &Server) -> Result<VmSpec, Failure> {
+        let (network, secrets) = server.network(self.network)?;
         let spec = VmSpec {
-            network: server.network(self.network)?,
+            network,
+            secrets,
             allow_host_compat: self.allow_host_compat,
             require_isolation: self.require_isolation.map(|tier| match tier {
                 Tier::FirecrackerKvm => Isolation::FirecrackerKvm,

@@ -67,7 +67,9 @@ impl Policy {
             Some(opening) => opening == Opening::Open,
             None => self.mode == super::Mode::Open,
         };
-        Ok(Self::new(open, allow, deny)?.with_hosts(self.hosts.clone())?)
+        Ok(Self::new(open, allow, deny)?
+            .with_hosts(self.hosts.clone())?
+            .with_inspect(self.inspect.clone())?)
     }
 }
 

@@ -5,6 +5,12 @@
 //! allow = ["example.com:443"]
 //! deny = ["upload.example.com"]
 //! open = false
+//!
+//! [hosts]
+//! "registry.example.com" = "127.0.0.1:8443"
+//!
+//! [inspect]
+//! "api.example.com" = ["GET /v1/*"]
 //! ```
 
 use std::collections::{BTreeMap, HashMap};
@@ -15,7 +21,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::name::normal;
-use super::{Hosts, PolicyFileError, Rule, RuleError};
+use super::{Hosts, Inspected, PolicyFileError, Rule, RuleError};
 
 /// The longest policy file, in bytes.
 pub const MAX_FILE: u64 = 256 << 10;
@@ -42,6 +48,9 @@ pub struct PolicyText {
     pub deny: Vec<String>,
     /// Names with addresses of their own, as in a hosts file. The outermost file that has a name decides.
     pub hosts: BTreeMap<String, String>,
+    /// Hosts whose requests are read, with those that are allowed; none: all of them. The outermost file that has a host
+    /// decides.
+    pub inspect: BTreeMap<String, Vec<String>>,
 }
 
 /// The rules of a policy with everything that it includes.
@@ -55,6 +64,8 @@ pub struct PolicyParts {
     pub deny: Vec<Rule>,
     /// Names with addresses of their own.
     pub hosts: Hosts,
+    /// Hosts whose requests are read.
+    pub inspect: Inspected,
 }
 
 /// Reads the policy file that a user named, and all that it includes. A value without a slash is the name of a file
@@ -174,19 +185,23 @@ impl<'a> Loader<'a> {
                 if key == "allow" { self.parts.allow.push(rule) } else { self.parts.deny.push(rule) }
             }
         }
+        let fault = |key: &'static str, written: &str, reason: String| {
+            let rule = written.chars().flat_map(char::escape_debug).take(128).collect();
+            PolicyFileError::Rule { path: path.to_owned(), key, fault: RuleError { rule, reason } }
+        };
         for (name, address) in &text.hosts {
-            let written = format!("{name} = {address}");
-            let fault = |reason: String| PolicyFileError::Rule {
-                path: path.to_owned(),
-                key: "hosts",
-                fault: RuleError {
-                    rule: written.chars().flat_map(char::escape_debug).take(128).collect(),
-                    reason,
-                },
-            };
+            let fault = |reason| fault("hosts", &format!("{name} = {address}"), reason);
             let name = normal(name).map_err(|error| fault(error.to_string()))?;
             let address = address.parse().map_err(|reason: &str| fault(reason.to_owned()))?;
             self.parts.hosts.insert(name, address);
+        }
+        for (host, rules) in &text.inspect {
+            let pattern = host.parse().map_err(|reason| fault("inspect", host, reason))?;
+            let rule = |rule: &String| {
+                rule.parse().map_err(|reason: &str| fault("inspect", rule, reason.to_owned()))
+            };
+            let rules = rules.iter().map(rule).collect::<Result<_, _>>()?;
+            self.parts.inspect.insert(pattern, rules);
         }
         Ok(text.open.or(included))
     }

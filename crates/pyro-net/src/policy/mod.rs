@@ -8,6 +8,7 @@ mod change;
 mod decision;
 mod file;
 mod file_error;
+mod inspect;
 mod name;
 mod parse;
 mod pinned;
@@ -22,6 +23,8 @@ pub use change::{Change, ChangeError, Opening};
 pub use decision::{Decision, NameCheck, Why};
 pub use file::{MAX_FILE, PolicyParts, PolicyText, load};
 pub use file_error::PolicyFileError;
+pub(crate) use inspect::judge;
+pub use inspect::{HostPattern, Inspected, RequestRule};
 pub use name::HOST_NAME;
 pub(crate) use name::is_normal;
 pub use pinned::Pinned;
@@ -66,6 +69,7 @@ pub struct Policy {
     allow: Vec<Rule>,
     deny: Vec<Rule>,
     hosts: Hosts,
+    inspect: Inspected,
 }
 
 /// Names with the addresses that a policy gives them.
@@ -90,7 +94,13 @@ pub enum PolicyError {
 impl Policy {
     /// The policy of a guest without a network device.
     pub const fn none() -> Self {
-        Self { mode: Mode::None, allow: Vec::new(), deny: Vec::new(), hosts: Hosts::new() }
+        Self {
+            mode: Mode::None,
+            allow: Vec::new(),
+            deny: Vec::new(),
+            hosts: Hosts::new(),
+            inspect: Inspected::new(),
+        }
     }
 
     /// Makes the policy of a guest with a network device.
@@ -108,7 +118,7 @@ impl Policy {
             (false, false) => Mode::Allow,
             (false, true) => Mode::Deny,
         };
-        Ok(Self { mode, allow, deny, hosts: Hosts::new() })
+        Ok(Self { mode, allow, deny, hosts: Hosts::new(), inspect: Inspected::new() })
     }
 
     /// Gives names addresses of their own, as a hosts file does. A name needs a rule all the same.
@@ -123,6 +133,33 @@ impl Policy {
             self.hosts = hosts;
         }
         Ok(self)
+    }
+
+    /// Has the requests to some hosts be read, and held against rules of their own.
+    ///
+    /// # Errors
+    /// When there are more than [`MAX_RULES`] hosts and rules.
+    pub fn with_inspect(mut self, inspect: Inspected) -> Result<Self, PolicyError> {
+        let count = inspect.values().map(|rules| rules.len() + 1).sum();
+        if count > MAX_RULES {
+            return Err(PolicyError::TooManyRules { count });
+        }
+        if self.has_nic() {
+            self.inspect = inspect;
+        }
+        Ok(self)
+    }
+
+    /// The hosts whose requests are read, with the rules about them.
+    pub fn inspect(&self) -> &Inspected {
+        &self.inspect
+    }
+
+    /// The rules about requests to this host, if they are to be read: those for exactly this name come before others.
+    pub(crate) fn inspected(&self, name: &str) -> Option<&[RequestRule]> {
+        let fits = |(pattern, _): &(&HostPattern, &Vec<RequestRule>)| pattern.covers(name);
+        let exact = self.inspect.iter().filter(fits).find(|(pattern, _)| pattern.single().is_some());
+        exact.or_else(|| self.inspect.iter().find(fits)).map(|(_, rules)| rules.as_slice())
     }
 
     /// The addresses that the policy gives to names.
@@ -171,6 +208,12 @@ impl Policy {
         }
         for (name, address) in &self.hosts {
             hash.update(format!("host {name} {address}\n"));
+        }
+        for (host, rules) in &self.inspect {
+            hash.update(format!("inspect {host}\n"));
+            for rule in rules {
+                hash.update(format!("request {rule}\n"));
+            }
         }
         hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
     }

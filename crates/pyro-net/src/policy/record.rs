@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Hosts, Mode, Policy, PolicyError, Rule};
+use super::{Hosts, Inspected, Mode, Policy, PolicyError, Rule};
 
 /// The recorded form. `digest` may be absent, as in a record that a person wrote.
 #[derive(Serialize, Deserialize)]
@@ -15,6 +15,8 @@ pub(super) struct Record {
     deny: Vec<Rule>,
     #[serde(default, skip_serializing_if = "Hosts::is_empty")]
     hosts: Hosts,
+    #[serde(default, skip_serializing_if = "Inspected::is_empty")]
+    inspect: Inspected,
     #[serde(default)]
     digest: Option<String>,
 }
@@ -22,8 +24,8 @@ pub(super) struct Record {
 impl From<Policy> for Record {
     fn from(policy: Policy) -> Self {
         let digest = Some(policy.digest());
-        let Policy { mode, allow, deny, hosts } = policy;
-        Self { mode, allow, deny, hosts, digest }
+        let Policy { mode, allow, deny, hosts, inspect } = policy;
+        Self { mode, allow, deny, hosts, inspect, digest }
     }
 }
 
@@ -31,11 +33,12 @@ impl TryFrom<Record> for Policy {
     type Error = PolicyError;
 
     fn try_from(record: Record) -> Result<Self, PolicyError> {
-        let Record { mode, allow, deny, hosts, digest } = record;
+        let Record { mode, allow, deny, hosts, inspect, digest } = record;
+        let is_empty = allow.is_empty() && deny.is_empty() && hosts.is_empty() && inspect.is_empty();
         let policy = match mode {
-            Mode::None if allow.is_empty() && deny.is_empty() && hosts.is_empty() => Self::none(),
+            Mode::None if is_empty => Self::none(),
             Mode::None => return Err(PolicyError::Inconsistent("mode 'none' has no rules")),
-            _ => Self::new(mode == Mode::Open, allow, deny)?.with_hosts(hosts)?,
+            _ => Self::new(mode == Mode::Open, allow, deny)?.with_hosts(hosts)?.with_inspect(inspect)?,
         };
         if policy.mode != mode {
             return Err(PolicyError::Inconsistent("its mode does not fit its rules"));

@@ -84,6 +84,11 @@ impl Rule {
     pub(crate) fn has_every_port(&self) -> bool {
         self.ports.is_every()
     }
+
+    /// Returns whether it was written without ports.
+    pub(crate) fn is_without_ports(&self) -> bool {
+        self.ports.is_unwritten()
+    }
 }
 
 impl FromStr for Rule {

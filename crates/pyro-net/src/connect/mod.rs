@@ -4,6 +4,10 @@
 //! that name: by its TLS hello on port 443, by the `Host` of each request on port 80. Elsewhere a TLS hello is held against
 //! the name where there is one.
 
+mod server;
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
@@ -11,18 +15,23 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
+use tokio_rustls::TlsAcceptor;
 
+use self::server::{Server, TlsServer, dial, dial_tls};
 use crate::address::GATEWAY;
-use crate::dial::{DialError, Target, keep_alive};
+use crate::certificates::CertificateError;
+use crate::dial::{DialError, Dialled, Target, keep_alive};
 use crate::hello::{Hello, HelloStep};
-use crate::http::{self, Authority};
+use crate::http::{self, Authority, Protocol};
 use crate::log::{Entry, Kind};
 use crate::network::Shared;
 use crate::policy::{Decision, HOST_NAME, NameCheck, Policy, Why};
-use crate::relay::{Carried, Counted, ResetOnDrop, carry, carry_one_way, reset, write_all};
+use crate::relay::{Carried, ResetOnDrop, carry, carry_one_way, reset, write_all};
 use crate::resolver;
+use crate::secret;
 
 /// How long a TLS hello may take, once a connection that must begin with one is there.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
@@ -46,6 +55,8 @@ pub(crate) struct Opened {
     destination: Destination,
     /// Whether what goes over it is held against its name.
     is_checked: bool,
+    /// Whether its TLS ends here.
+    is_read: bool,
     /// The server's address, once it is dialled.
     peer: Mutex<Option<IpAddr>>,
 }
@@ -66,8 +77,7 @@ impl Opened {
             && (self.is_checked || !self.destination.must_match(policy))
     }
 
-    fn note_peer(&self, stream: &TcpStream) {
-        let peer = stream.peer_addr().ok().map(|peer| peer.ip().to_canonical());
+    fn note_peer(&self, peer: Option<IpAddr>) {
         *self.peer.lock().unwrap_or_else(PoisonError::into_inner) = peer;
     }
 }
@@ -83,6 +93,10 @@ enum Failed {
     Io(#[from] io::Error),
     #[error("{0}")]
     Http(#[from] hyper::Error),
+    #[error("the guest's TLS failed: {0}")]
+    GuestTls(io::Error),
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
     #[error("the policy does not allow it any more")]
     Revoked,
 }
@@ -123,9 +137,20 @@ impl Destination {
         }
     }
 
+    /// Whether TLS ends here, because requests are read or get secrets.
+    fn is_read(&self, shared: &Shared, policy: &Policy) -> bool {
+        match &self.target {
+            Target::Name(name) if self.port == HTTPS => {
+                secret::covers(&shared.secrets, name) || policy.inspected(name).is_some()
+            }
+            _ => false,
+        }
+    }
+
     /// Whether a connection must prove that it is for the name.
     fn must_match(&self, policy: &Policy) -> bool {
-        matches!(&self.target, Target::Name(name) if policy.check(name) == NameCheck::MustMatch)
+        matches!(&self.target, Target::Name(name) if policy.check(name) == NameCheck::MustMatch
+            || policy.inspected(name).is_some())
     }
 
     fn name(&self) -> Option<&str> {
@@ -160,8 +185,10 @@ pub(crate) async fn serve(shared: Arc<Shared>, guest: TcpStream) {
     let listed = shared.with_policy(|policy| {
         let destination = Destination::of(&shared, policy, dialled)?;
         let decision = destination.decide(policy);
+        let is_read = destination.is_read(&shared, policy);
         let opened = Arc::new(Opened {
-            is_checked: destination.must_match(policy),
+            is_checked: is_read || destination.must_match(policy),
+            is_read,
             destination,
             peer: Mutex::default(),
         });
@@ -176,7 +203,9 @@ pub(crate) async fn serve(shared: Arc<Shared>, guest: TcpStream) {
     keep_alive(&guest);
     let carried = Arc::<Carried>::default();
     let connection = Connection { shared: &shared, opened: &opened, carried: &carried };
-    let result = if opened.is_checked && destination.port == HTTP {
+    let result = if opened.is_read {
+        connection.serve_tls(guest, decision.clone(), revoked).await
+    } else if opened.is_checked && destination.port == HTTP {
         connection.serve_http(guest, decision.clone(), revoked).await
     } else {
         tokio::select! {
@@ -213,7 +242,12 @@ pub(crate) async fn serve(shared: Arc<Shared>, guest: TcpStream) {
 
 fn error_text(error: &Failed) -> String {
     match error {
-        Failed::Dial(DialError::Connect(cause) | DialError::Unresolved(cause)) => format!("{error}: {cause}"),
+        Failed::Dial(
+            DialError::Connect(cause)
+            | DialError::Unresolved(cause)
+            | DialError::Proxy(cause)
+            | DialError::Tls(cause),
+        ) => format!("{error}: {cause}"),
         _ => error.to_string(),
     }
 }
@@ -234,11 +268,16 @@ impl Connection<'_> {
         let mut first = Vec::new();
         if let (Some(name), HTTPS) = (expected, self.opened.destination.port) {
             // Before anything is dialled: the server must not even see a connection that is for another name.
-            first = read_hello(guest, name, Vec::new()).await?;
+            (first, _) = read_hello(guest, name, Vec::new()).await?;
         }
-        let mut upstream = ResetOnDrop { stream: dial(self.shared, self.opened).await?, is_whole: false };
+        let Dialled { stream, first: said, .. } = dial(self.shared, self.opened).await?;
+        let mut upstream = ResetOnDrop { stream, is_whole: false };
         let carried = async {
             let upstream = &upstream.stream;
+            if !said.is_empty() {
+                write_all(guest, &said).await?;
+                self.carried.to_guest.fetch_add(said.len() as u64, Ordering::Relaxed);
+            }
             if !first.is_empty() {
                 self.send_first(upstream, &first).await?;
                 return Ok(carry(guest, upstream, self.carried).await?);
@@ -271,7 +310,7 @@ impl Connection<'_> {
         const TLS_HANDSHAKE: u8 = 22;
         let mut first = read_some(guest).await?;
         if first.first() == Some(&TLS_HANDSHAKE) {
-            first = read_hello(guest, name, first).await?;
+            (first, _) = read_hello(guest, name, first).await?;
         }
         self.send_first(upstream, &first).await?;
         Ok(carry_one_way(guest, upstream, &self.carried.from_guest).await?)
@@ -283,75 +322,73 @@ impl Connection<'_> {
         decision: Decision,
         revoked: oneshot::Receiver<()>,
     ) -> Result<(), Failed> {
-        let destination = &self.opened.destination;
-        let Target::Name(name) = &destination.target else { return Ok(()) };
+        let Target::Name(name) = &self.opened.destination.target else { return Ok(()) };
         // Of the same socket: the stream itself is the parser's from here on.
         let socket = guest.as_fd().try_clone_to_owned()?;
-        let authority = Authority { name: name.clone(), port: destination.port, usual_port: HTTP };
-        let server = Server {
-            shared: Arc::clone(self.shared),
-            opened: Arc::clone(self.opened),
-            decision,
-            carried: Arc::clone(self.carried),
-        };
+        let authority = Authority { name: name.clone(), port: HTTP, usual_port: HTTP };
+        let server = Server::new(self, name, decision);
         tokio::select! {
-            served = http::serve(guest, authority, server) => Ok(served?),
+            served = http::serve(guest, authority, server, Protocol::Http1) => Ok(served?),
             _ = revoked => {
                 _ = rustix::net::sockopt::set_socket_linger(socket, Some(Duration::ZERO));
                 Err(Failed::Revoked)
             }
         }
     }
-}
 
-/// Dials under the policy of this moment, which may have changed since the connection was accepted.
-async fn dial(shared: &Shared, opened: &Opened) -> Result<TcpStream, DialError> {
-    let (policy, destination) = (shared.policy(), &opened.destination);
-    if !destination.decide(&policy).allowed {
-        return Err(DialError::Revoked);
-    }
-    let stream = shared.dialer.dial(&policy, &destination.target, destination.port).await?;
-    opened.note_peer(&stream);
-    // A change that came meanwhile has not seen where it leads.
-    if opened.is_allowed(&shared.policy()) { Ok(stream) } else { Err(DialError::Revoked) }
-}
-
-/// The server behind a connection whose requests are read.
-struct Server {
-    shared: Arc<Shared>,
-    opened: Arc<Opened>,
-    decision: Decision,
-    carried: Arc<Carried>,
-}
-
-impl http::Upstream for Server {
-    type Stream = Counted<TcpStream>;
-
-    async fn connect(&self) -> io::Result<Self::Stream> {
-        match dial(&self.shared, &self.opened).await {
-            Ok(stream) => Ok(Counted::new(stream, Arc::clone(&self.carried))),
+    /// Ends TLS on both sides and reads the requests between.
+    async fn serve_tls(
+        &self,
+        guest: TcpStream,
+        decision: Decision,
+        mut revoked: oneshot::Receiver<()>,
+    ) -> Result<(), Failed> {
+        let Target::Name(name) = &self.opened.destination.target else { return Ok(()) };
+        let Some(authority) = &self.shared.authority else {
+            reset(&guest);
+            return Err(Failed::Revoked);
+        };
+        let socket = guest.as_fd().try_clone_to_owned()?;
+        let prepared = async {
+            let (hello, offers_http2) = read_hello(&guest, name, Vec::new()).await?;
+            // The server first: a guest that is answered may rely on it. It speaks what the guest does.
+            let offered =
+                if offers_http2 { &[Protocol::Http2, Protocol::Http1][..] } else { &[Protocol::Http1] };
+            let (stream, protocol) = dial_tls(self.shared, self.opened, name, offered).await?;
+            Ok((hello, stream, protocol, authority.server(name, protocol)?))
+        };
+        let prepared: Result<_, Failed> = tokio::select! {
+            prepared = prepared => prepared,
+            _ = &mut revoked => Err(Failed::Revoked),
+        };
+        let (hello, stream, protocol, config) = match prepared {
+            Ok(prepared) => prepared,
             Err(error) => {
-                if matches!(error, DialError::Forbidden | DialError::Revoked) {
-                    let mut entry = self.opened.destination.entry(Kind::Connect, &self.decision);
-                    entry.allowed = Some(false);
-                    entry.why = Some(error.to_string());
-                    self.shared.record(entry);
-                }
-                Err(io::Error::other(error))
+                reset(&guest);
+                return Err(error);
+            }
+        };
+        let server = TlsServer {
+            server: Server::new(self, name, decision),
+            first: Mutex::new(Some(stream)),
+            protocol,
+        };
+        let served = async {
+            let (reads, writes) = guest.into_split();
+            let guest = tokio::io::join(io::Cursor::new(hello).chain(reads), writes);
+            let accepted = tokio::time::timeout(HELLO_WITHIN, TlsAcceptor::from(config).accept(guest)).await;
+            let guest =
+                accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(Failed::GuestTls)?;
+            let authority = Authority { name: name.clone(), port: HTTPS, usual_port: HTTPS };
+            Ok(http::serve(guest, authority, server, protocol).await?)
+        };
+        tokio::select! {
+            served = served => served,
+            _ = revoked => {
+                _ = rustix::net::sockopt::set_socket_linger(socket, Some(Duration::ZERO));
+                Err(Failed::Revoked)
             }
         }
-    }
-
-    fn decide(&self, method: &str, path: &str, refused: Option<&'static str>) -> Result<(), String> {
-        let mut entry = self.opened.destination.entry(Kind::Http, &self.decision);
-        entry.method = Some(method.to_owned());
-        entry.path = Some(path.to_owned());
-        if let Some(why) = refused {
-            entry.allowed = Some(false);
-            entry.why = Some(why.to_owned());
-        }
-        self.shared.record(entry);
-        refused.map_or(Ok(()), |why| Err(why.to_owned()))
     }
 }
 
@@ -371,8 +408,9 @@ async fn read_some(guest: &TcpStream) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Reads a TLS hello that must be for this name; returns all bytes that were read, `begun` among them.
-async fn read_hello(guest: &TcpStream, name: &str, begun: Vec<u8>) -> Result<Vec<u8>, Failed> {
+/// Reads a TLS hello that must be for this name; returns all bytes that were read, `begun` among them, and whether the guest
+/// can speak HTTP/2.
+async fn read_hello(guest: &TcpStream, name: &str, begun: Vec<u8>) -> Result<(Vec<u8>, bool), Failed> {
     let read = async {
         let (mut hello, mut all, mut fresh) = (Hello::new(), Vec::new(), begun);
         loop {
@@ -386,7 +424,7 @@ async fn read_hello(guest: &TcpStream, name: &str, begun: Vec<u8>) -> Result<Vec
             all.append(&mut fresh);
             match step {
                 HelloStep::NeedMore => {}
-                HelloStep::Name(Some(found)) if found == name => return Ok(all),
+                HelloStep::Name(Some(found)) if found == name => return Ok((all, hello.offers_http2())),
                 HelloStep::Name(Some(found)) => {
                     return Err(Failed::Hello(format!("its TLS hello names {found}")));
                 }
@@ -398,56 +436,4 @@ async fn read_hello(guest: &TcpStream, name: &str, begun: Vec<u8>) -> Result<Vec
     tokio::time::timeout(HELLO_WITHIN, read).await.unwrap_or_else(|_elapsed| {
         Err(Failed::Hello(format!("no TLS hello within {} s", HELLO_WITHIN.as_secs())))
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use std::net::{TcpListener, UdpSocket};
-
-    use super::*;
-    use crate::network::{Network, Settings};
-    use crate::policy::tests::policy;
-
-    /// What a dialled address means to a guest that knows a name by it, under this policy.
-    fn meaning(policy: &Policy, dialled: &str) -> (Target, bool) {
-        let tcp = TcpListener::bind("127.0.0.1:0").expect("bound");
-        let dns = UdpSocket::bind("127.0.0.1:0").expect("bound");
-        let settings = Settings { policy: policy.clone(), names: None, log: None };
-        let network = Network::start(tcp, dns, settings).expect("started");
-        let shared = network.shared();
-        shared.names().alias("real.test", &[Ipv4Addr::new(8, 8, 8, 8)]).expect("an alias");
-        let dialled = dialled.parse().expect("an address");
-        let destination = Destination::of(shared, policy, dialled).expect("it leads somewhere");
-        let allowed = destination.decide(policy).allowed;
-        (destination.target, allowed)
-    }
-
-    #[tokio::test]
-    async fn a_name_that_is_denied_is_not_reached_by_the_address_that_it_really_has() {
-        let name = || Target::Name("real.test".to_owned());
-        for denied in [policy(true, &[], &["real.test:25"]), policy(true, &["8.8.8.0/24"], &["*.test"])] {
-            assert_eq!(meaning(&denied, "8.8.8.8:25"), (name(), false));
-        }
-        assert_eq!(meaning(&policy(true, &[], &["real.test:25"]), "8.8.8.8:26"), (name(), true));
-        // Where no rule is about the name, one about the address holds.
-        let by_address = policy(false, &["8.8.8.8:53"], &[]);
-        assert_eq!(meaning(&by_address, "8.8.8.8:53"), (Target::Address(Ipv4Addr::new(8, 8, 8, 8)), true));
-        assert_eq!(meaning(&by_address, "8.8.8.8:54"), (name(), false));
-    }
-
-    #[tokio::test]
-    async fn a_change_ends_what_was_not_held_against_its_name_or_leads_where_it_may_not_any_more() {
-        let open = policy(true, &[], &[]);
-        let destination = Destination {
-            target: Target::Name("a.test".to_owned()),
-            address: Ipv4Addr::new(8, 8, 8, 8),
-            port: 443,
-        };
-        let opened = Opened { destination, is_checked: false, peer: Mutex::default() };
-        assert!(opened.is_allowed(&open));
-        assert!(!opened.is_allowed(&policy(true, &[], &["evil.test"])), "it may be for that name");
-        *opened.peer.lock().expect("no panic") = Some("9.9.9.9".parse().expect("an address"));
-        assert!(opened.is_allowed(&open));
-        assert!(!opened.is_allowed(&policy(true, &[], &["9.9.9.0/24"])));
-    }
 }
