@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import AsyncIterator, List, Optional, Sequence, Type, Union, cast
+from typing import AsyncIterator, List, Mapping, Optional, Sequence, Type, Union, cast
 
 from ._core import Awaiting, OnOutput
 from ._requests import execution, machine, networking, request
@@ -21,6 +21,7 @@ from .types import (
     Pruned,
     Pulled,
     Reaped,
+    Secret,
     StreamEvent,
     TaskList,
     TaskLogs,
@@ -99,6 +100,7 @@ class AsyncPyro(Awaiting):
         allow: Sequence[str] = (),
         deny: Sequence[str] = (),
         network_policy: Union[str, NetworkPolicyText, None] = None,
+        secrets: Optional[Mapping[str, Secret]] = None,
         allow_host_compat: bool = False,
         require_isolation: Optional[str] = None,
         cold: bool = False,
@@ -116,6 +118,9 @@ class AsyncPyro(Awaiting):
                 ``host.pyro.internal:PORT``.
             deny: hosts that it may not reach, also where another rule allows them.
             network_policy: further rules: a file, the name of one in ``~/.config/pyro/policies``, or what one would hold.
+            secrets: what the guest uses and never sees, by variable: ``{"TOKEN": {"value_from": "env:TOKEN", "hosts":
+                ["api.example.com"]}}``. The guest's variable holds a placeholder, which the host replaces in the headers of
+                https requests to these hosts.
             allow_host_compat: whether commands may run on this host, without isolation, where no guest can be had.
             require_isolation: refuse less than ``firecracker-kvm``, ``qemu-kvm`` or ``qemu-tcg``.
             cold: boot it, also where a saved machine could be restored.
@@ -127,7 +132,8 @@ class AsyncPyro(Awaiting):
             IsolationUnavailableError: this host cannot isolate as strongly as was required.
         """
         vm = machine(
-            environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, networking(network, allow, deny, network_policy), allow_host_compat,
+            environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, networking(network, allow, deny, network_policy, secrets),
+            allow_host_compat,
             require_isolation, cold,
         )
         return cast(VmRecord, await self._call(request("create_vm", machine=vm)))
@@ -220,6 +226,7 @@ class AsyncPyro(Awaiting):
         allow: Sequence[str] = (),
         deny: Sequence[str] = (),
         network_policy: Union[str, NetworkPolicyText, None] = None,
+        secrets: Optional[Mapping[str, Secret]] = None,
         allow_host_compat: bool = False,
         require_isolation: Optional[str] = None,
         cold: bool = False,
@@ -233,7 +240,8 @@ class AsyncPyro(Awaiting):
         Parameters, results and errors are those of :meth:`create_vm` and :meth:`exec_vm`.
         """
         vm = machine(
-            environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, networking(network, allow, deny, network_policy), allow_host_compat,
+            environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, networking(network, allow, deny, network_policy, secrets),
+            allow_host_compat,
             require_isolation, cold,
         )
         command_of = execution(command, timeout_seconds, cwd)
@@ -255,6 +263,7 @@ class AsyncPyro(Awaiting):
         allow: Sequence[str] = (),
         deny: Sequence[str] = (),
         network_policy: Union[str, NetworkPolicyText, None] = None,
+        secrets: Optional[Mapping[str, Secret]] = None,
         allow_host_compat: bool = False,
         require_isolation: Optional[str] = None,
         cold: bool = False,
@@ -264,7 +273,8 @@ class AsyncPyro(Awaiting):
         Parameters and errors are those of :meth:`create_vm`; GuestUnavailableError when its guest does not start.
         """
         vm = machine(
-            environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, networking(network, allow, deny, network_policy), allow_host_compat,
+            environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, networking(network, allow, deny, network_policy, secrets),
+            allow_host_compat,
             require_isolation, cold,
         )
         return cast(TaskRecord, await self._call(request("create_task", machine=vm)))

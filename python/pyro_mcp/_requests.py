@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Dict, Optional, Sequence, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
-from .types import Command, NetworkPolicyText
+from .types import Command, NetworkPolicyText, Secret
 
 
 def request(method: str, **arguments: Any) -> str:
@@ -43,12 +43,19 @@ def networking(
     allow: Sequence[str],
     deny: Sequence[str],
     network_policy: Union[str, NetworkPolicyText, None],
+    secrets: Optional[Mapping[str, Secret]],
 ) -> Dict[str, Any]:
-    """What a guest may reach. A single string in the place of a list would become a list of letters."""
+    """What a guest may reach, and what it uses there and does not see. A single string in the place of a list would become a list of letters."""
     for name, rules in (("allow", allow), ("deny", deny)):
         if isinstance(rules, str):
             raise TypeError(f"{name} must be a list of rules, not a string")
-    return {"network": network, "allow": list(allow), "deny": list(deny), "network_policy": network_policy}
+    return {
+        "network": network,
+        "allow": list(allow),
+        "deny": list(deny),
+        "network_policy": network_policy,
+        "secrets": {name: dict(secret) for name, secret in (secrets or {}).items()},
+    }
 
 
 def execution(command: Command, timeout_seconds: float, cwd: str) -> Dict[str, Any]:

@@ -29,6 +29,8 @@ __all__ = [
     "Pruned",
     "Pulled",
     "Reaped",
+    "Secret",
+    "SecretRecord",
     "State",
     "Status",
     "StreamEvent",
@@ -58,6 +60,23 @@ class NetworkPolicyText(TypedDict, total=False):
     allow: List[str]
     deny: List[str]
     hosts: Dict[str, str]
+    inspect: Dict[str, List[str]]
+
+
+class Secret(TypedDict):
+    """What a guest uses and never sees."""
+
+    value_from: str
+    """``env:VARIABLE`` of this process, or ``file:PATH``."""
+    hosts: List[str]
+    """The hosts that it is sent to."""
+
+
+class SecretRecord(TypedDict):
+    """A secret as records show it: never its value."""
+
+    value_from: str
+    hosts: List[str]
 
 
 class NetworkPolicy(TypedDict):
@@ -83,6 +102,7 @@ class VmRecord(TypedDict):
     state: State
     network_enabled: bool
     network_policy: NetworkPolicy
+    secrets: Dict[str, SecretRecord]
     allow_host_compat: bool
     guest_ip: Optional[str]
     tap_name: Optional[str]
@@ -120,6 +140,7 @@ class TaskRecord(TypedDict):
     state: State
     network_enabled: bool
     network_policy: NetworkPolicy
+    secrets: Dict[str, SecretRecord]
     allow_host_compat: bool
     guest_ip: Optional[str]
     tap_name: Optional[str]

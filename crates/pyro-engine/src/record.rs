@@ -53,7 +53,7 @@ pub struct VmRecord {
     pub network_enabled: bool,
     #[serde(default)]
     pub network_policy: NetworkPolicy,
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default)]
     pub secrets: BTreeMap<String, SecretRecord>,
     pub allow_host_compat: bool,
     pub guest_ip: Option<String>,

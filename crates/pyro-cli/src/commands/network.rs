@@ -37,6 +37,12 @@ fn show(network: &TaskNetwork, printer: &Printer) {
             printer.data(&format!("{name}: {rule}"));
         }
     }
+    for (host, address) in &policy.hosts {
+        printer.data(&format!("Host: {host} = {address}"));
+    }
+    for (host, requests) in &policy.inspect {
+        printer.data(&format!("Inspect: {host}: {}", inspected(requests)));
+    }
     if let Some(counts) = network.counts {
         printer.data(&format!(
             "Since its start: {} allowed, {} denied, {} bytes in, {} bytes out",
@@ -56,7 +62,17 @@ pub(super) fn describe(policy: &NetworkPolicy) -> String {
             text.push_str(&format!("; {name} {}", rules.join(", ")));
         }
     }
+    for (host, address) in &policy.hosts {
+        text.push_str(&format!("; {host} = {address}"));
+    }
+    for (host, requests) in &policy.inspect {
+        text.push_str(&format!("; inspect {host} ({})", inspected(requests)));
+    }
     text
+}
+
+fn inspected(requests: &[String]) -> String {
+    if requests.is_empty() { "every request".to_owned() } else { requests.join(", ") }
 }
 
 /// Shows the log of a task's network, and what comes where that is asked for.

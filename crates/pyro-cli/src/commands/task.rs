@@ -259,6 +259,9 @@ fn show(record: &TaskRecord, printer: &Printer) {
     if record.network_enabled {
         lines.push(("Network", network::describe(&record.network_policy)));
     }
+    for (name, secret) in &record.secrets {
+        lines.push(("Secret", format!("{name} from {} for {}", secret.value_from, secret.hosts.join(", "))));
+    }
     lines.extend(record.last_error.as_ref().map(|error| ("Last error", one_line(error))));
     for (name, value) in lines {
         printer.data(&format!("{name}: {value}"));

@@ -29,7 +29,6 @@ pub struct TaskRecord {
     pub state: VmState,
     pub network_enabled: bool,
     pub network_policy: NetworkPolicy,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub secrets: BTreeMap<String, SecretRecord>,
     pub allow_host_compat: bool,
     pub guest_ip: Option<String>,

@@ -66,6 +66,9 @@ pub struct Entry {
     /// How many equal decisions this line stands for, if more than one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub count: Option<u64>,
+    /// In the first line of a file of the log: where this file begins in it, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub begins_at: Option<u64>,
 }
 
 /// What makes two decisions equal.
@@ -105,6 +108,7 @@ impl Entry {
             method: None,
             path: None,
             count: None,
+            begins_at: None,
         }
     }
 

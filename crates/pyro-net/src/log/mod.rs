@@ -1,13 +1,13 @@
-//! The log of decisions, `network.jsonl`: bounded on disk and in memory, whatever the guest does.
+//! The log of decisions, `network.jsonl`: bounded on disk and in memory, whatever the guest does. The newest entries are kept:
+//! a guest that fills it cannot hide what it does next.
 
 mod denials;
 mod entry;
+mod file;
 mod read;
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
+use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -15,19 +15,14 @@ pub use denials::Denial;
 use denials::Denials;
 use entry::Key;
 pub use entry::{Entry, Kind};
+use file::Out;
 pub use read::read;
 use serde::Serialize;
-
-use crate::append;
 
 /// Equal decisions within this time become one line.
 const WINDOW: Duration = Duration::from_secs(1);
 /// How many different decisions are counted at a time. Beyond it each is a line, which the limit of the file bounds.
 const MAX_PENDING: usize = 1024;
-/// What the limit keeps for the line that tells of dropped entries.
-const MARK_ROOM: u64 = 512;
-/// The reason in that line.
-const MARK: &str = "the log is full; further entries are dropped";
 
 /// The log of one sandbox.
 #[derive(Debug)]
@@ -45,23 +40,12 @@ pub struct Counts {
     pub allowed: u64,
     /// Decisions that denied something.
     pub denied: u64,
-    /// Entries that are in no line of the file.
+    /// Entries that could not be written.
     pub dropped: u64,
     /// Bytes to the guest.
     pub bytes_in: u64,
     /// Bytes from the guest.
     pub bytes_out: u64,
-}
-
-#[derive(Debug)]
-struct Out {
-    file: File,
-    len: u64,
-    limit: u64,
-    /// The line of dropped entries is there.
-    is_full: bool,
-    /// The last line has no end, because its writer died or the disk was full.
-    is_torn: bool,
 }
 
 /// Equal decisions that are not written yet.
@@ -73,7 +57,7 @@ struct Pending {
 }
 
 impl Log {
-    /// Opens a log that grows to `limit_bytes`, counting what is there; without a path it only counts.
+    /// Opens a log of which the newest `limit_bytes` are kept, in two files; without a path it only counts.
     ///
     /// # Errors
     /// When the file cannot be opened.
@@ -130,7 +114,7 @@ impl Log {
         self.counts
     }
 
-    /// How many entries are in no line of the file.
+    /// How many entries could not be written.
     pub fn dropped(&self) -> u64 {
         self.counts.dropped
     }
@@ -192,62 +176,6 @@ impl Entry {
         later.add_bytes(&self);
         later.count = Some(self.count.unwrap_or(1) + later.count.unwrap_or(1));
         later
-    }
-}
-
-impl Out {
-    fn open(path: &std::path::Path, limit: u64) -> io::Result<Self> {
-        let file = append::open(path)?;
-        let len = file.metadata()?.len();
-        let tail_len = len.min(MARK_ROOM);
-        let mut tail = vec![0; usize::try_from(tail_len).unwrap_or(0)];
-        file.read_exact_at(&mut tail, len - tail_len)?;
-        let last = tail.trim_ascii_end().rsplit(|byte| *byte == b'\n').next().unwrap_or_default();
-        let is_mark = |entry: Entry| entry.kind == Kind::Policy && entry.why.as_deref() == Some(MARK);
-        let is_full = serde_json::from_slice(last).is_ok_and(is_mark);
-        Ok(Self { file, len, limit, is_full, is_torn: tail.last().is_some_and(|last| *last != b'\n') })
-    }
-
-    /// Writes a line; returns whether it is in the file. Once an entry found no room, a last line tells so, and no smaller
-    /// one follows it.
-    fn write(&mut self, entry: &Entry) -> bool {
-        if self.is_full {
-            return false;
-        }
-        let line = self.line(entry);
-        if self.len + line.len() as u64 + MARK_ROOM <= self.limit {
-            return self.append(&line);
-        }
-        self.is_full = true;
-        let mark = Entry { why: Some(MARK.to_owned()), ..Entry::new(entry.at, Kind::Policy) };
-        let mark = self.line(&mark);
-        if self.len + mark.len() as u64 <= self.limit {
-            self.append(&mark);
-        }
-        false
-    }
-
-    fn line(&self, entry: &Entry) -> Vec<u8> {
-        // An unfinished line must not be joined to this one.
-        let mut line = if self.is_torn { vec![b'\n'] } else { Vec::new() };
-        serde_json::to_writer(&mut line, entry).expect("an entry has text keys, and memory takes all");
-        line.push(b'\n');
-        line
-    }
-
-    /// Appends by one system call, so that readers see whole lines.
-    fn append(&mut self, line: &[u8]) -> bool {
-        let written = loop {
-            match self.file.write(line) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                written => break written.unwrap_or(0),
-            }
-        };
-        self.len += written as u64;
-        if written > 0 {
-            self.is_torn = written < line.len();
-        }
-        written == line.len()
     }
 }
 

@@ -6,25 +6,43 @@ use std::path::Path;
 use fs_err::File;
 
 use super::Entry;
+use super::file::Part;
 
 /// The least that is read at once, so that every line that the log writes fits.
 const LEAST: usize = 64 << 10;
 
-/// Reads entries from an offset on, of about `max_bytes` of the file; returns them with the offset to read from next. A
-/// last line without an end is left for the next time. Lines that are no entries are skipped. A file that does not exist
-/// has no entries yet.
+/// Reads entries from an offset on, of about `max_bytes` of the log; returns them with the offset to read from next. A
+/// last line without an end is left for the next time. Lines that are no entries are skipped. A log that does not exist
+/// has no entries yet; what is gone of it is passed over.
 ///
 /// # Errors
-/// When the file cannot be read.
+/// When a file cannot be read.
 pub fn read(path: &Path, offset: u64, max_bytes: usize) -> io::Result<(Vec<Entry>, u64)> {
-    let mut file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), 0)),
-        Err(error) => return Err(error),
-    };
-    // A shorter file is another one, which is read from where it ends.
-    let offset = offset.min(file.metadata()?.len());
-    file.seek(SeekFrom::Start(offset))?;
+    let parts = Part::all(path)?;
+    let last = parts.len().saturating_sub(1);
+    for (at, mut part) in parts.into_iter().enumerate() {
+        let end = part.begins_at + part.file.metadata()?.len();
+        if at < last && offset >= end {
+            continue;
+        }
+        // An offset beyond the end is another log's: this one is read from where it ends.
+        let from = offset.clamp(part.begins_at, end) - part.begins_at;
+        let (entries, taken) = lines(&mut part.file, from, max_bytes)?;
+        // Of a file that does not grow any more, a line without an end is nobody's.
+        let taken = if at < last && taken == from { end - part.begins_at } else { taken };
+        if !entries.is_empty() || at == last {
+            return Ok((entries, part.begins_at + taken));
+        }
+        if part.begins_at + taken < end {
+            return Ok((entries, part.begins_at + taken));
+        }
+    }
+    Ok((Vec::new(), 0))
+}
+
+/// Reads entries of one file; returns them with the place in the file to read from next.
+fn lines(file: &mut File, from: u64, max_bytes: usize) -> io::Result<(Vec<Entry>, u64)> {
+    file.seek(SeekFrom::Start(from))?;
     let max_bytes = max_bytes.max(LEAST);
     let mut bytes = Vec::new();
     file.take(max_bytes as u64).read_to_end(&mut bytes)?;
@@ -36,7 +54,7 @@ pub fn read(path: &Path, offset: u64, max_bytes: usize) -> io::Result<(Vec<Entry
     };
     let lines = bytes[..end].split(|byte| *byte == b'\n');
     let entries = lines.filter_map(|line| serde_json::from_slice(line).ok()).collect();
-    Ok((entries, offset + end as u64))
+    Ok((entries, from + end as u64))
 }
 
 #[cfg(test)]

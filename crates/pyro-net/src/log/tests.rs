@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
+use std::fs::File;
 use std::path::Path;
 
 use proptest::prelude::*;
@@ -70,26 +71,70 @@ fn bytes_are_added_up_and_an_end_is_no_decision() {
     assert_eq!(bytes, [(None, None), (Some(10), None), (Some(20), Some(2))]);
 }
 
+/// All entries of a log, read in small parts.
+fn all(path: &Path) -> Vec<Entry> {
+    let (mut offset, mut all) = (0, Vec::new());
+    loop {
+        let (entries, next) = read(path, offset, 0).expect("read");
+        if next == offset {
+            return all;
+        }
+        all.extend(entries);
+        offset = next;
+    }
+}
+
 #[test]
-fn a_full_file_ends_with_one_line_that_tells_so() {
+fn the_newest_entries_are_kept_and_a_reader_goes_on_from_file_to_file() {
+    let limit = 1 << 20;
+    let (dir, path, mut log) = log(limit);
+    let now = Instant::now();
+    let (mut offset, mut followed) = (0, Vec::new());
+    for at in 0..20_000 {
+        log.record(decision(&format!("h{at}.test"), false), now);
+        if at % 500 == 0 {
+            let (entries, next) = read(&path, offset, 8 << 20).expect("read");
+            followed.extend(entries);
+            offset = next;
+        }
+        if at == 15_000 {
+            drop(log);
+            log = Log::open(Some(path.clone()), limit).expect("the same log");
+        }
+    }
+    log.finish();
+    assert_eq!(log.dropped(), 0);
+    let files: Vec<u64> = fs_err::read_dir(dir.path())
+        .expect("files")
+        .map(|file| file.expect("a file").metadata().expect("there").len())
+        .collect();
+    assert!(files.len() == 2 && files.iter().sum::<u64>() <= limit, "{files:?}");
+    let last = |entries: &[Entry]| entries.last().and_then(|entry| entry.name.clone());
+    let kept = all(&path);
+    assert_eq!(last(&kept).as_deref(), Some("h19999.test"));
+    assert!(kept.len() > 2000 && kept.first().is_some_and(|first| first.begins_at.is_some()));
+    // Whoever followed it has every entry, in order.
+    let mut followed = followed.into_iter().filter(|entry| entry.kind != Kind::Policy).enumerate();
+    assert!(followed.all(|(at, entry)| entry.name == Some(format!("h{at}.test"))));
+}
+
+#[test]
+fn a_log_whose_writer_died_between_two_files_goes_on() {
     let (_dir, path, mut log) = log(4096);
     let now = Instant::now();
-    for at in 0..1000 {
-        log.record(decision(&format!("h{at}.test"), false), now);
+    for at in 0..8 {
+        log.record(decision(&format!("h{at}.test"), true), now);
     }
-    let written = entries(&path);
-    let last = written.last().expect("a last entry");
-    assert_eq!((last.kind, last.why.as_deref()), (Kind::Policy, Some(MARK)));
-    assert_eq!(written.len() as u64 - 1 + log.dropped(), 1000);
-    let len = fs_err::metadata(&path).expect("a file").len();
-    assert!(len <= 4096, "{len}");
     drop(log);
-    let mut log = Log::open(Some(path.clone()), 4096).expect("the full log");
-    log.record(decision("a.test", true), now);
-    assert_eq!((log.dropped(), fs_err::metadata(&path).expect("a file").len()), (1, len), "and only one");
-    let mut log = Log::open(Some(path.with_extension("none")), 0).expect("a log without room");
-    log.record(decision("a.test", true), now);
-    assert_eq!(log.dropped(), 1);
+    let before = path.with_extension("jsonl.1");
+    fs_err::rename(&path, &before).expect("renamed");
+    let (entries, next) = read(&path, 0, 0).expect("read");
+    assert_eq!((entries.len(), next), (8, fs_err::metadata(&before).expect("a file").len()));
+    let mut log = Log::open(Some(path.clone()), 4096).expect("a log");
+    log.record(decision("later.test", true), now);
+    let (entries, _) = read(&path, next, 0).expect("read");
+    assert_eq!(entries.len(), 2, "the first line of the file, and the entry");
+    assert_eq!(entries[0].begins_at, Some(next));
 }
 
 #[test]
@@ -135,7 +180,7 @@ fn a_log_that_cannot_be_written_counts_what_it_drops() {
     let mut log = Log::open(None, 0).expect("no file");
     log.record(decision("a.test", true), Instant::now());
     assert_eq!(log.dropped(), 0, "nobody wanted lines");
-    log.file = Some(Out { file, len: 0, limit: 1 << 20, is_full: false, is_torn: false });
+    log.file = Some(Out::over(file));
     log.record(decision("b.test", false), Instant::now());
     assert_eq!(log.counts(), Counts { allowed: 1, denied: 1, dropped: 1, ..Counts::default() });
 }
@@ -163,23 +208,38 @@ fn denials_are_told_also_when_they_are_only_counted() {
 
 proptest! {
     #[test]
-    fn every_decision_is_in_a_line_or_counted_as_dropped(
+    fn every_decision_is_in_a_line_that_was_written_or_counted_as_dropped(
         steps in proptest::collection::vec((0..5_u8, any::<bool>(), 0..700_u64), 1..200),
         limit in 0..20_000_u64,
     ) {
         let (_dir, path, mut log) = log(limit);
         let mut now = Instant::now();
+        let (mut offset, mut written) = (0, 0);
+        let mut follow = |offset: &mut u64| {
+            let (entries, next) = read(&path, *offset, 1 << 20).expect("read");
+            *offset = next;
+            let decisions = entries.into_iter().filter(|entry| entry.kind != Kind::Policy);
+            written += decisions.map(|entry| entry.count.unwrap_or(1)).sum::<u64>();
+        };
         for (name, allowed, ms) in &steps {
             now += Duration::from_millis(*ms);
             log.record(decision(&format!("h{name}.test"), *allowed), now);
+            follow(&mut offset);
             if *ms > 600 {
                 log.flush(now);
             }
+            for _ in 0..3 {
+                follow(&mut offset);
+            }
         }
         log.finish();
-        let written = entries(&path).into_iter().filter(|entry| entry.kind != Kind::Policy);
-        let written: u64 = written.map(|entry| entry.count.unwrap_or(1)).sum();
-        prop_assert_eq!(written + log.dropped(), steps.len() as u64);
-        prop_assert!(fs_err::metadata(&path).expect("a file").len() <= limit);
+        for _ in 0..3 {
+            follow(&mut offset);
+        }
+        if limit > 16_000 {
+            prop_assert_eq!(written + log.dropped(), steps.len() as u64);
+        }
+        let len = |path: &Path| fs_err::metadata(path).map_or(0, |file| file.len());
+        prop_assert!(len(&path) + len(&path.with_extension("jsonl.1")) <= limit.max(1024));
     }
 }

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::name::normal;
+use super::name::{HOST_NAME, normal};
 use super::{Hosts, Inspected, PolicyFileError, Rule, RuleError};
 
 /// The longest policy file, in bytes.
@@ -192,6 +192,9 @@ impl<'a> Loader<'a> {
         for (name, address) in &text.hosts {
             let fault = |reason| fault("hosts", &format!("{name} = {address}"), reason);
             let name = normal(name).map_err(|error| fault(error.to_string()))?;
+            if name == HOST_NAME {
+                return Err(fault("this name always means the loopback of this host".to_owned()));
+            }
             let address = address.parse().map_err(|reason: &str| fault(reason.to_owned()))?;
             self.parts.hosts.insert(name, address);
         }
