@@ -8,7 +8,7 @@ export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-co
 target=x86_64-unknown-linux-gnu
 cargo build --quiet --release --target "$target"
 for name in resync messages layer kernel manifest dns_query tls_hello network_rule network_policy \
-    netlink_answers http_head; do
+    netlink_answers http_head http2 secret; do
     mkdir -p "corpus/$name"
     echo "fuzz: $name" >&2
     "target/$target/release/$name" "corpus/$name" -max_total_time="${FOR:-20}" -rss_limit_mb=1024 \

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Dict, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from .types import Command, NetworkPolicyText, Secret
 
@@ -20,6 +20,7 @@ def machine(
     disk_mib: int,
     ttl_seconds: int,
     network: Dict[str, Any],
+    publish: Sequence[str],
     allow_host_compat: bool,
     require_isolation: Optional[str],
     cold: bool,
@@ -32,10 +33,18 @@ def machine(
         "disk_mib": disk_mib,
         "ttl_seconds": ttl_seconds,
         "network": network,
+        "publish": listed("publish", publish),
         "allow_host_compat": allow_host_compat,
         "require_isolation": require_isolation,
         "cold": cold,
     }
+
+
+def listed(name: str, words: Sequence[str]) -> List[str]:
+    """Words as a list. A single string in its place would become a list of letters."""
+    if isinstance(words, str):
+        raise TypeError(f"{name} must be a list, not a string")
+    return list(words)
 
 
 def networking(
@@ -45,14 +54,11 @@ def networking(
     network_policy: Union[str, NetworkPolicyText, None],
     secrets: Optional[Mapping[str, Secret]],
 ) -> Dict[str, Any]:
-    """What a guest may reach, and what it uses there and does not see. A single string in the place of a list would become a list of letters."""
-    for name, rules in (("allow", allow), ("deny", deny)):
-        if isinstance(rules, str):
-            raise TypeError(f"{name} must be a list of rules, not a string")
+    """What a guest may reach, and what it uses there and does not see."""
     return {
         "network": network,
-        "allow": list(allow),
-        "deny": list(deny),
+        "allow": listed("allow", allow),
+        "deny": listed("deny", deny),
         "network_policy": network_policy,
         "secrets": {name: dict(secret) for name, secret in (secrets or {}).items()},
     }

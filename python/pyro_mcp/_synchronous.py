@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Iterator, List, Mapping, Optional, Sequence, Type, Union, cast
 
 from ._core import Blocking, OnOutput
-from ._requests import execution, machine, networking, request
+from ._requests import execution, listed, machine, networking, request
 from .types import (
     Cancelled,
     Command,
@@ -26,6 +26,7 @@ from .types import (
     TaskList,
     TaskLogs,
     TaskNetwork,
+    TaskPorts,
     TaskRecord,
     VmRecord,
 )
@@ -101,6 +102,7 @@ class Pyro(Blocking):
         deny: Sequence[str] = (),
         network_policy: Union[str, NetworkPolicyText, None] = None,
         secrets: Optional[Mapping[str, Secret]] = None,
+        publish: Sequence[str] = (),
         allow_host_compat: bool = False,
         require_isolation: Optional[str] = None,
         cold: bool = False,
@@ -121,6 +123,8 @@ class Pyro(Blocking):
             secrets: what the guest uses and never sees, by variable: ``{"TOKEN": {"value_from": "env:TOKEN", "hosts":
                 ["api.example.com"]}}``. The guest's variable holds a placeholder, which the host replaces in the headers of
                 https requests to these hosts.
+            publish: ports of this host that lead to servers in the guest: ``[IP:]HOSTPORT:GUESTPORT``; ``127.0.0.1`` unless told,
+                host port 0 takes a free one, which the record tells.
             allow_host_compat: whether commands may run on this host, without isolation, where no guest can be had.
             require_isolation: refuse less than ``firecracker-kvm``, ``qemu-kvm`` or ``qemu-tcg``.
             cold: boot it, also where a saved machine could be restored.
@@ -133,7 +137,7 @@ class Pyro(Blocking):
         """
         vm = machine(
             environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, networking(network, allow, deny, network_policy, secrets),
-            allow_host_compat,
+            publish, allow_host_compat,
             require_isolation, cold,
         )
         return cast(VmRecord, self._call(request("create_vm", machine=vm)))
@@ -227,6 +231,7 @@ class Pyro(Blocking):
         deny: Sequence[str] = (),
         network_policy: Union[str, NetworkPolicyText, None] = None,
         secrets: Optional[Mapping[str, Secret]] = None,
+        publish: Sequence[str] = (),
         allow_host_compat: bool = False,
         require_isolation: Optional[str] = None,
         cold: bool = False,
@@ -241,7 +246,7 @@ class Pyro(Blocking):
         """
         vm = machine(
             environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, networking(network, allow, deny, network_policy, secrets),
-            allow_host_compat,
+            publish, allow_host_compat,
             require_isolation, cold,
         )
         command_of = execution(command, timeout_seconds, cwd)
@@ -264,6 +269,7 @@ class Pyro(Blocking):
         deny: Sequence[str] = (),
         network_policy: Union[str, NetworkPolicyText, None] = None,
         secrets: Optional[Mapping[str, Secret]] = None,
+        publish: Sequence[str] = (),
         allow_host_compat: bool = False,
         require_isolation: Optional[str] = None,
         cold: bool = False,
@@ -274,7 +280,7 @@ class Pyro(Blocking):
         """
         vm = machine(
             environment, vcpu_count, mem_mib, disk_mib, ttl_seconds, networking(network, allow, deny, network_policy, secrets),
-            allow_host_compat,
+            publish, allow_host_compat,
             require_isolation, cold,
         )
         return cast(TaskRecord, self._call(request("create_task", machine=vm)))
@@ -413,6 +419,32 @@ class Pyro(Blocking):
         """
         change = {"allow": list(allow), "deny": list(deny), "revoke": list(revoke), "open": open}
         return cast(TaskNetwork, self._call(request("set_task_network", task_id=task_id, change=change)))
+
+    def task_ports(self, task_id: str) -> TaskPorts:
+        """Returns the published ports of a task.
+
+        Raises:
+            NotFoundError: there is none of this id.
+        """
+        return cast(TaskPorts, self._call(request("change_task_ports", task_id=task_id, change={})))
+
+    def set_task_ports(
+        self, task_id: str, *, add: Sequence[str] = (), remove: Sequence[str] = ()
+    ) -> TaskPorts:
+        """Publishes ports of a task's guest, or publishes them no more.
+
+        Args:
+            task_id: the task.
+            add: ports to publish, ``[IP:]HOSTPORT:GUESTPORT``.
+            remove: ports to publish no more, ``[IP:]HOSTPORT[:GUESTPORT]``. They are removed before others are added.
+
+        Raises:
+            NotFoundError: there is none of this id.
+            InvalidValueError: one is no port, or is not published.
+            HostResourcesError: a port is in use.
+        """
+        change = {"add": listed("add", add), "remove": listed("remove", remove)}
+        return cast(TaskPorts, self._call(request("change_task_ports", task_id=task_id, change=change)))
 
     def network_log(self, task_id: str, *, offset: int = 0) -> NetworkLog:
         """What the guest of a task did on its network, from this offset on; ``next_offset`` is where to read on.

@@ -27,6 +27,7 @@ __all__ = [
     "NetworkPolicyText",
     "OutputEvent",
     "Pruned",
+    "Published",
     "Pulled",
     "Reaped",
     "Secret",
@@ -37,6 +38,7 @@ __all__ = [
     "TaskList",
     "TaskLogs",
     "TaskNetwork",
+    "TaskPorts",
     "TaskRecord",
     "Timings",
     "VmRecord",
@@ -79,6 +81,21 @@ class SecretRecord(TypedDict):
     hosts: List[str]
 
 
+class Published(TypedDict):
+    """A port of this host that leads to one of a guest."""
+
+    host_ip: str
+    host_port: int
+    guest_port: int
+
+
+class TaskPorts(TypedDict):
+    """The published ports of a task."""
+
+    task_id: str
+    ports: List[Published]
+
+
 class NetworkPolicy(TypedDict):
     """What a guest may reach."""
 
@@ -102,6 +119,7 @@ class VmRecord(TypedDict):
     state: State
     network_enabled: bool
     network_policy: NetworkPolicy
+    ports: List[Published]
     secrets: Dict[str, SecretRecord]
     allow_host_compat: bool
     guest_ip: Optional[str]
@@ -140,6 +158,7 @@ class TaskRecord(TypedDict):
     state: State
     network_enabled: bool
     network_policy: NetworkPolicy
+    ports: List[Published]
     secrets: Dict[str, SecretRecord]
     allow_host_compat: bool
     guest_ip: Optional[str]

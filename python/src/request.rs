@@ -1,7 +1,9 @@
 //! What can be asked of an engine, as JSON, and how it is done.
 
 use pyro_engine::network::{NetworkChange, NetworkRequest};
-use pyro_engine::{Command, Engine, Error, ExecSpec, Isolation, LogQuery, Observer, VERSION, VmSpec};
+use pyro_engine::{
+    Command, Engine, Error, ExecSpec, Isolation, LogQuery, Observer, PortChange, VERSION, VmSpec, published,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -83,6 +85,10 @@ pub(crate) enum Request {
         task_id: String,
         change: NetworkChange,
     },
+    ChangeTaskPorts {
+        task_id: String,
+        change: PortChange,
+    },
     NetworkLog {
         task_id: String,
         offset: u64,
@@ -100,6 +106,7 @@ pub(crate) struct Machine {
     disk_mib: i64,
     ttl_seconds: i64,
     network: NetworkRequest,
+    publish: Vec<String>,
     allow_host_compat: bool,
     require_isolation: Option<String>,
     cold: bool,
@@ -131,6 +138,7 @@ impl Machine {
         let spec = VmSpec {
             network: self.network.policy(engine.policies_dir())?,
             secrets: self.network.hold_secrets()?,
+            publish: published(&self.publish)?,
             allow_host_compat: self.allow_host_compat,
             require_isolation: self.require_isolation.map(named).transpose()?,
             cold: self.cold,
@@ -270,6 +278,9 @@ async fn done(
         Request::TaskNetwork { task_id } => told(&engine.task_network(&task_id).await?),
         Request::SetTaskNetwork { task_id, change } => {
             told(&engine.set_task_network(&task_id, &change).await?)
+        }
+        Request::ChangeTaskPorts { task_id, change } => {
+            told(&engine.change_task_ports(&task_id, &change).await?)
         }
         Request::NetworkLog { task_id, offset } => told(&engine.network_log(&task_id, offset).await?),
         Request::ListTasks => told(&engine.list_tasks().await?),

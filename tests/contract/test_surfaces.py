@@ -149,7 +149,7 @@ EXEC_KEYS = {
 }
 TASK_KEYS = {
     "task_id", "environment", "environment_version", "vcpu_count", "mem_mib", "disk_mib", "ttl_seconds", "created_at",
-    "expires_at", "state", "network_enabled", "network_policy", "secrets", "allow_host_compat", "guest_ip", "tap_name", "execution_mode", "isolation",
+    "expires_at", "state", "network_enabled", "network_policy", "ports", "secrets", "allow_host_compat", "guest_ip", "tap_name", "execution_mode", "isolation",
     "start_mode", "metadata", "last_error", "workspace_path", "command_count", "last_command", "disk_bytes",
 }
 

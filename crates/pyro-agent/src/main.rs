@@ -10,6 +10,7 @@
 mod boot;
 mod cgroup;
 mod channel;
+mod dial;
 mod exec;
 mod identity;
 mod launch;

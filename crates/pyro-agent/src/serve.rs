@@ -12,9 +12,9 @@ use hyper_util::service::TowerToHyperService;
 use pyro_proto::agent_server::{Agent, AgentServer};
 use pyro_proto::resync::{self, Step};
 use pyro_proto::{
-    EnvVar, ExecEvent, ExecInput, GENERATION, HelloReply, HelloRequest, IdentifyReply, IdentifyRequest,
-    PowerOffReply, PowerOffRequest, RestReply, RestRequest, SetClockReply, SetClockRequest, SignalReply,
-    SignalRequest, exec_input, limits,
+    DialEvent, DialInput, EnvVar, ExecEvent, ExecInput, GENERATION, HelloReply, HelloRequest, IdentifyReply,
+    IdentifyRequest, PowerOffReply, PowerOffRequest, RestReply, RestRequest, SetClockReply, SetClockRequest,
+    SignalReply, SignalRequest, dial_input, exec_input, limits,
 };
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWrite, AsyncWriteExt};
@@ -25,7 +25,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::boot::Guest;
 use crate::reaper::Reaper;
-use crate::{exec, identity, power};
+use crate::{dial, exec, identity, power};
 
 /// Serves until the guest ends. Whatever else ends it, the disk is written out first.
 pub(crate) async fn serve(guest: Guest) -> io::Result<()> {
@@ -156,6 +156,7 @@ struct Service {
 
 #[tonic::async_trait]
 impl Agent for Service {
+    type DialStream = ReceiverStream<Result<DialEvent, Status>>;
     type ExecStream = Pin<Box<dyn Stream<Item = Result<ExecEvent, Status>> + Send>>;
 
     async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
@@ -177,7 +178,7 @@ impl Agent for Service {
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
         *self.environment.lock().unwrap_or_else(PoisonError::into_inner) = environment.into();
         self.identified.store(true, Ordering::Release);
-        Ok(Response::new(IdentifyReply { has_environment: true }))
+        Ok(Response::new(IdentifyReply {}))
     }
 
     async fn set_clock(&self, request: Request<SetClockRequest>) -> Result<Response<SetClockReply>, Status> {
@@ -209,6 +210,22 @@ impl Agent for Service {
             event
         });
         Ok(Response::new(Box::pin(held)))
+    }
+
+    async fn dial(
+        &self,
+        request: Request<Streaming<DialInput>>,
+    ) -> Result<Response<Self::DialStream>, Status> {
+        if !self.identified.load(Ordering::Acquire) {
+            return Err(Status::failed_precondition("the guest has no identity yet"));
+        }
+        let mut inputs = request.into_inner();
+        let port = match inputs.message().await?.and_then(|input| input.kind) {
+            Some(dial_input::Kind::Port(port)) => u16::try_from(port).ok().filter(|port| *port > 0),
+            _ => None,
+        };
+        let port = port.ok_or_else(|| Status::invalid_argument("the first input must be a port"))?;
+        Ok(Response::new(ReceiverStream::new(dial::run(port, inputs))))
     }
 
     async fn signal(&self, request: Request<SignalRequest>) -> Result<Response<SignalReply>, Status> {

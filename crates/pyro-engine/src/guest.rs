@@ -13,8 +13,9 @@ use hyper_util::rt::TokioIo;
 use pyro_proto::agent_client::AgentClient;
 use pyro_proto::resync::{self, Step};
 use pyro_proto::{
-    EnvVar, ExecExited, ExecInput, ExecRefused, ExecStart, GENERATION, HelloRequest, IdentifyRequest,
-    PowerOffRequest, RestRequest, SetClockRequest, SignalRequest, StdinEnd, exec_event, exec_input, limits,
+    DialEvent, DialInput, ENVIRONMENT_AND_DIAL, EnvVar, ExecExited, ExecInput, ExecRefused, ExecStart,
+    GENERATION, HelloRequest, IdentifyRequest, PowerOffRequest, RestRequest, SetClockRequest, SignalRequest,
+    StdinEnd, dial_event, dial_input, exec_event, exec_input, limits,
 };
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -32,6 +33,9 @@ const KILL_AFTER: Duration = Duration::from_secs(2);
 /// A guest that does not answer these is dead or hostile; a crowded host may make it slow.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(60);
+
+const OLD_AGENT: &str = "the environment was built by an older pyro, whose guests cannot be given secrets or be dialled; \
+                         build it anew: pyro env prune, then pyro env pull";
 
 /// How far the clock of a guest may be off, and how often it is set anew where it may be further off.
 const CLOCK_ERROR: Duration = Duration::from_millis(50);
@@ -59,6 +63,25 @@ pub struct Chunk {
 #[derive(Clone, Debug)]
 pub(crate) struct Guest {
     client: AgentClient<Channel>,
+    /// Of the protocol, which its agent speaks.
+    generation: u32,
+}
+
+/// A connection to a port of the guest.
+pub(crate) struct Dialled {
+    pub(crate) events: Streaming<DialEvent>,
+    pub(crate) inputs: mpsc::Sender<DialInput>,
+}
+
+/// Why a port of the guest is not reached.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    #[error("the guest refuses it: {0}")]
+    Refused(String),
+    #[error("{}", OLD_AGENT)]
+    OldAgent,
+    #[error("the guest does not answer as it should")]
+    Channel(#[from] Status),
 }
 
 /// A running command. Dropping it ends the command at once.
@@ -121,10 +144,11 @@ impl Guest {
             .max_decoding_message_size(limits::MESSAGE)
             .max_encoding_message_size(limits::MESSAGE);
         let hello = client.hello(HelloRequest { generation: GENERATION }).await.map_err(other)?;
-        if !(1..=GENERATION).contains(&hello.get_ref().generation) {
+        let generation = hello.get_ref().generation;
+        if !(1..=GENERATION).contains(&generation) {
             return Err(io::Error::other("the guest agent speaks another generation of the protocol"));
         }
-        let mut guest = Self { client };
+        let mut guest = Self { client, generation };
         guest.identify(identity).await?;
         Ok(guest)
     }
@@ -145,13 +169,11 @@ impl Guest {
             environment: environment.collect(),
         };
         let needs_environment = !identity.authority.is_empty() || !identity.environment.is_empty();
-        let mut asked = Instant::now();
-        let reply = self.client.identify(identity).await.map_err(other)?;
-        if needs_environment && !reply.get_ref().has_environment {
-            let text = "the environment was built by an older pyro, whose guests cannot be given secrets; \
-                        build it anew: pyro env pull --rebuild";
-            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+        if needs_environment && self.generation < ENVIRONMENT_AND_DIAL {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, OLD_AGENT));
         }
+        let mut asked = Instant::now();
+        self.client.identify(identity).await.map_err(other)?;
         // A guest's clock is behind by no more than the time between question and answer: on a crowded host, that may
         // be too much.
         for _ in 0..CLOCK_ATTEMPTS {
@@ -192,6 +214,33 @@ impl Guest {
         let feeder = AbortOnDrop(tokio::spawn(feed(spec.stdin, inputs)));
         let reply = self.client.clone().exec(ReceiverStream::new(receiver)).await?;
         Ok(Exec { events: reply.into_inner(), client: self.client.clone(), pid: None, _feeder: feeder })
+    }
+
+    /// Connects to a port of the guest's own loopback.
+    pub(crate) async fn dial(&self, port: u16) -> Result<Dialled, DialError> {
+        if self.generation < ENVIRONMENT_AND_DIAL {
+            return Err(DialError::OldAgent);
+        }
+        let (inputs, receiver) = mpsc::channel(4);
+        let first = DialInput { kind: Some(dial_input::Kind::Port(port.into())) };
+        drop(inputs.send(first).await);
+        let reply = self.client.clone().dial(ReceiverStream::new(receiver)).await?;
+        let mut events = reply.into_inner();
+        match events.message().await?.and_then(|event| event.kind) {
+            Some(dial_event::Kind::Connected(_)) => Ok(Dialled { events, inputs }),
+            Some(dial_event::Kind::Refused(refused)) => {
+                // A guest may say anything.
+                Err(DialError::Refused(
+                    refused.message.chars().take(200).filter(|c| !c.is_control()).collect(),
+                ))
+            }
+            _ => Err(Status::unavailable("the guest began in the middle").into()),
+        }
+    }
+
+    /// Whether ports of it can be dialled.
+    pub(crate) fn check_dial(&self) -> Result<(), DialError> {
+        if self.generation < ENVIRONMENT_AND_DIAL { Err(DialError::OldAgent) } else { Ok(()) }
     }
 
     /// Brings the guest to rest, and ends the conversation; nothing of it is used afterwards.

@@ -16,6 +16,7 @@ use crate::files;
 use crate::guest::{Guest, Identity};
 use crate::network::GuestLink;
 use crate::place::Place;
+use crate::ports::Ports;
 use crate::registry::{Lease, Registry};
 use crate::template::NO_TEMPLATE;
 
@@ -65,6 +66,8 @@ pub(crate) struct Running {
     pub(crate) guest: Guest,
     /// The owner of its network; none: it has no network device.
     pub(crate) network: Option<Network>,
+    /// The ports of this host that lead to it.
+    pub(crate) ports: Ports,
     /// How its commands are run, as records name it.
     pub(crate) execution_mode: &'static str,
     pub(crate) isolation: Isolation,
@@ -166,8 +169,9 @@ impl Running {
                 let isolation = vmm.capabilities().isolation;
                 let execution_mode = execution_mode(vmm);
                 let (restored, cold_reason) = (false, None);
+                let ports = Ports::new(guest.clone());
                 let running =
-                    Self { machine, guest, network, execution_mode, isolation, restored, cold_reason };
+                    Self { machine, guest, network, ports, execution_mode, isolation, restored, cold_reason };
                 Ok((running, times))
             }
             Ok(Err(error)) => {

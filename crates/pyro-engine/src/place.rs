@@ -11,6 +11,7 @@ use pyro_vmm::Isolation;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind};
 use crate::live::{Boot, Running, StartTimes, unavailable};
+use crate::ports::{Bound, Ports};
 use crate::spec::VmSpec;
 
 /// Where the commands of a VM or a task run now.
@@ -51,6 +52,8 @@ pub(crate) struct Terms {
     pub(crate) allow_host: bool,
     /// Whether it must have a network under a policy. The host's own network is under none.
     pub(crate) network: bool,
+    /// Whether ports of it are published. The host's own are the host's.
+    pub(crate) ports: bool,
 }
 
 impl Place {
@@ -109,6 +112,23 @@ impl Place {
         }
     }
 
+    /// The published ports of the guest, if there is one.
+    pub(crate) fn ports(&self) -> Option<&Ports> {
+        match self {
+            Self::Guest(running) => Some(&running.ports),
+            Self::None | Self::Host(_) => None,
+        }
+    }
+
+    /// Has sockets lead to the guest.
+    pub(crate) fn publish(&self, bound: Vec<Bound>) -> Result<(), Error> {
+        match self.ports() {
+            Some(ports) => ports.serve(bound),
+            None if bound.is_empty() => Ok(()),
+            None => Err(unavailable("there is no guest whose ports could be published")),
+        }
+    }
+
     /// Powers the guest off cleanly, if there is one; its disk is whole when this returns.
     pub(crate) async fn power_off(&self) {
         if let Self::Guest(running) = self {
@@ -130,6 +150,7 @@ impl Terms {
             isolation: spec.require_isolation,
             allow_host: spec.allow_host_compat,
             network: spec.network.has_nic(),
+            ports: !spec.publish.is_empty(),
         }
     }
 
@@ -161,7 +182,7 @@ impl Terms {
     /// Whether the host may run the commands: it isolates nothing and keeps no network policy, so whoever requires one of
     /// these excludes it.
     pub(crate) fn may_use_host(&self) -> bool {
-        self.allow_host && self.isolation.is_none() && !self.network
+        self.allow_host && self.isolation.is_none() && !self.network && !self.ports
     }
 }
 
@@ -207,12 +228,13 @@ mod tests {
 
     #[test]
     fn the_host_is_handed_out_only_to_a_caller_who_opted_in_and_requires_nothing() {
-        let opted_in = Terms { isolation: None, allow_host: true, network: false };
+        let opted_in = Terms { isolation: None, allow_host: true, network: false, ports: false };
         opted_in.check(&host()).expect("allowed");
         for terms in [
             Terms { allow_host: false, ..opted_in },
             Terms { isolation: Some(Isolation::QemuTcg), ..opted_in },
             Terms { network: true, ..opted_in },
+            Terms { ports: true, ..opted_in },
         ] {
             let refused = terms.check(&host()).expect_err("not allowed");
             assert_eq!(refused.kind(), ErrorKind::GuestUnavailable);
@@ -222,7 +244,7 @@ mod tests {
     #[test]
     fn an_absent_machine_is_not_the_host() {
         assert_eq!(Place::None.manner(), None);
-        Terms { isolation: None, allow_host: true, network: false }
+        Terms { isolation: None, allow_host: true, network: false, ports: false }
             .check(&Place::None)
             .expect_err("there is no machine");
         assert_eq!(host().manner().map(|manner| manner.isolation), Some("none"));

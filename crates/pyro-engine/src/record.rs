@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::network::{NetworkPolicy, SecretRecord, guest_ip, tap_name};
+use crate::ports::Published;
 use crate::spec::VmSpec;
 use crate::task::boottime;
 
@@ -54,6 +55,8 @@ pub struct VmRecord {
     #[serde(default)]
     pub network_policy: NetworkPolicy,
     #[serde(default)]
+    pub ports: Vec<Published>,
+    #[serde(default)]
     pub secrets: BTreeMap<String, SecretRecord>,
     pub allow_host_compat: bool,
     pub guest_ip: Option<String>,
@@ -86,6 +89,7 @@ impl VmRecord {
             state: VmState::Created,
             network_enabled: spec.network.has_nic(),
             network_policy: NetworkPolicy::from(&spec.network),
+            ports: spec.publish.clone(),
             secrets: spec.secrets.iter().map(|held| (held.name.clone(), (&held.secret).into())).collect(),
             allow_host_compat: spec.allow_host_compat,
             guest_ip: guest_ip(spec.network.has_nic()),

@@ -10,6 +10,7 @@ use tokio::io::AsyncRead;
 
 use crate::budget::Promise;
 use crate::error::{Error, ErrorKind};
+use crate::ports::Published;
 
 /// A machine that is asked for.
 #[derive(Clone, Debug)]
@@ -28,6 +29,8 @@ pub struct VmSpec {
     pub network: Policy,
     /// What the guest uses and does not see.
     pub secrets: Vec<HeldSecret>,
+    /// Ports of the guest that this host's lead to.
+    pub publish: Vec<Published>,
     /// Whether commands may run on the host where no guest can be had.
     pub allow_host_compat: bool,
     /// Refuse anything that isolates less.
@@ -47,6 +50,7 @@ impl VmSpec {
             ttl_seconds: 600,
             network: Policy::none(),
             secrets: Vec::new(),
+            publish: Vec::new(),
             allow_host_compat: false,
             require_isolation: None,
             cold: false,
@@ -86,6 +90,7 @@ impl VmSpec {
         if !(60..=max_ttl).contains(&self.ttl_seconds) {
             return invalid(format!("ttl_seconds must be between 60 and {max_ttl}"));
         }
+        crate::ports::check(&self.publish)?;
         crate::network::check_secrets(&self.secrets, &self.network)
     }
 }

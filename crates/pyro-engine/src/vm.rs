@@ -25,6 +25,7 @@ use crate::network::{self, NetworkInfo};
 use crate::observe::{Observer, Phase};
 use crate::owner::{self, Mailbox, Message};
 use crate::place::{Place, Terms};
+use crate::ports;
 use crate::record::{Cleanup, Deleted, ExecResult, Fault, Timings, VmRecord};
 use crate::registry::now;
 use crate::room;
@@ -96,6 +97,7 @@ impl Engine {
         exec.check()?;
         let began = Instant::now();
         let ground = self.check_and_ground(&vm, &observer).await?;
+        let bound = ports::bind(&vm.publish)?;
         let spare = ground.as_ref().and_then(|(_, environment)| self.take_spare(&vm, environment));
         let Admitted { mut record, environment, mut live } = match spare {
             Some(spare) => spare,
@@ -115,6 +117,10 @@ impl Engine {
         } else {
             StartTimes::default()
         };
+        if let Err(error) = live.place.publish(bound) {
+            drop(live.remove().await);
+            return Err(error);
+        }
         if let Some(warning) = live.place.warning() {
             observer.tell(Phase::Warning(warning.to_owned()));
         }
@@ -360,6 +366,9 @@ fn note_place(record: &mut VmRecord, place: &Place) {
         Place::Guest(running) => Some(running.start_mode().to_owned()),
         Place::None | Place::Host(_) => None,
     };
+    if let Some(ports) = place.ports() {
+        record.ports = ports.list();
+    }
 }
 
 /// Runs a command in a VM whose directory is `dir`. How it ran is told by the place, not by the record.

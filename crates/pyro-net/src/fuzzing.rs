@@ -49,6 +49,32 @@ fn talk(bytes: &[u8], protocol: Protocol) -> Vec<u8> {
     runtime.block_on(async { tokio::time::timeout(WITHIN, talk).await }).expect("a guest that has ended")
 }
 
+/// Puts a secret into headers that a guest has written, for its host and for another.
+///
+/// # Panics
+/// When the value is where it must not be.
+pub fn secret(bytes: &[u8]) {
+    use hyper::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
+    const VALUE: &str = "the-value";
+    let held = crate::secret::HeldSecret::for_fuzzing(VALUE);
+    let find = |text: &[u8]| text.windows(VALUE.len()).any(|window| window == VALUE.as_bytes());
+    if find(bytes) {
+        return;
+    }
+    let text = [held.secret.placeholder.as_bytes(), bytes].concat();
+    for (name, value) in [(AUTHORIZATION, bytes), (HeaderName::from_static("x-key"), &text)] {
+        let Ok(value) = HeaderValue::from_bytes(value) else { continue };
+        for host in ["own.test", "other.test"] {
+            let mut headers = HeaderMap::new();
+            headers.insert(name.clone(), value.clone());
+            let used = crate::secret::fill(std::slice::from_ref(&held), host, &mut headers);
+            let is_filled = headers.values().any(|value| find(value.as_bytes()));
+            assert!(host == "own.test" || (used == Ok(Vec::new()) && !is_filled));
+            assert!(!is_filled || used.is_ok_and(|used| used == ["SECRET"]));
+        }
+    }
+}
+
 /// A server that is never there.
 struct NoServer;
 

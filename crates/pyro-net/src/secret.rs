@@ -243,6 +243,14 @@ impl HeldSecret {
         self.value.len()
     }
 
+    /// One of this value, for `own.test`.
+    pub(crate) fn for_fuzzing(value: &str) -> Self {
+        let text = SecretText { value_from: "env:UNUSED".to_owned(), hosts: vec!["own.test".to_owned()] };
+        let mut secret = Secret::of("SECRET", &text).expect("a secret");
+        secret.placeholder = Secret::new_placeholder([7; 16]);
+        Self { name: "SECRET".to_owned(), secret, value: Zeroizing::new(value.as_bytes().to_vec()) }
+    }
+
     fn is_for(&self, name: &str) -> bool {
         self.secret.hosts.iter().any(|host| host.covers(name))
     }

@@ -25,4 +25,7 @@ mod generated {
 pub use generated::*;
 
 /// The newest generation of the protocol that this code speaks.
-pub const GENERATION: u32 = 1;
+pub const GENERATION: u32 = 2;
+
+/// The generation from which on a guest can be given variables and a certificate, and its ports can be dialled.
+pub const ENVIRONMENT_AND_DIAL: u32 = 2;

@@ -20,6 +20,9 @@ pub const HEADERS: u32 = 16 << 10;
 /// Calls on one connection at the same time.
 pub const STREAMS: u32 = 128;
 
+/// Dialled ports at the same time: commands have the rest of [`STREAMS`].
+pub const DIALS: usize = 64;
+
 /// All arguments and variables of one command together, in bytes: below what Linux takes in one exec.
 pub const ARGUMENTS: usize = 1 << 20;
 

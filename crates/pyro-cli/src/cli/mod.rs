@@ -75,6 +75,9 @@ pub(crate) enum TaskVerb {
     Logs(LogsArgs),
     /// Show or change what the guest of a task may reach
     Network(TaskNetworkArgs),
+    /// Have ports of this host lead to a task's guest
+    #[command(subcommand)]
+    Port(PortVerb),
     /// List all tasks, newest activity first
     List(Output),
     /// Boot the guest of a stopped task from its disk
@@ -262,6 +265,8 @@ pub(crate) struct MachineArgs {
     pub(crate) ttl_seconds: i64,
     #[command(flatten)]
     pub(crate) network: NetworkArgs,
+    #[arg(short, long, value_name = "PORT", help = format!("Publish a port of the guest: {PORT}"))]
+    pub(crate) publish: Vec<String>,
     /// Where no guest can be had, run the command on this host, without isolation
     #[arg(long)]
     pub(crate) allow_host_compat: bool,
@@ -299,6 +304,28 @@ pub(crate) struct NetworkArgs {
     /// Let the guest use a secret that it never sees: NAME=env:VARIABLE@HOST or NAME=file:PATH@HOST, more hosts after commas
     #[arg(long, value_name = "SECRET")]
     pub(crate) secret: Vec<String>,
+}
+
+const PORT: &str = "[IP:]HOSTPORT:GUESTPORT; 127.0.0.1 unless told, host port 0 takes a free one";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PortVerb {
+    /// Have a port of this host lead to one of the guest's loopback
+    Add(PortArgs),
+    /// Show the published ports of a task
+    List(TaskArgs),
+    /// Publish a port no more; its connections are reset
+    Remove(PortArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PortArgs {
+    /// The task's id
+    pub(crate) task_id: String,
+    #[arg(value_name = "PORT", help = PORT, required = true)]
+    pub(crate) ports: Vec<String>,
+    #[command(flatten)]
+    pub(crate) output: Output,
 }
 
 #[derive(Debug, Args)]
@@ -367,6 +394,8 @@ impl Verb {
                 TaskVerb::Status(args) | TaskVerb::Start(args) | TaskVerb::Stop(args) => args.output.json,
                 TaskVerb::Delete(args) => args.output.json,
                 TaskVerb::Network(args) => args.output.json,
+                TaskVerb::Port(PortVerb::Add(args) | PortVerb::Remove(args)) => args.output.json,
+                TaskVerb::Port(PortVerb::List(args)) => args.output.json,
             },
             Self::Mcp(verb) => verb.json(),
             Self::Env(EnvVerb::List(output) | EnvVerb::Prune(output))

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use pyro_engine::network::{HeldSecret, NetworkRequest, Policy, PolicySource, SecretText};
-use pyro_engine::{Command, Engine, ExecResult, ExecSpec, Isolation, Observer, Phase, VmSpec};
+use pyro_engine::{Command, Engine, ExecResult, ExecSpec, Isolation, Observer, Phase, VmSpec, published};
 
 use crate::cli::{MachineArgs, NetworkArgs, RunArgs};
 use crate::config;
@@ -94,6 +94,7 @@ pub(super) fn machine(args: MachineArgs, policies: Option<&Path>) -> Result<VmSp
     let spec = VmSpec {
         network,
         secrets,
+        publish: published(&args.publish)?,
         allow_host_compat: args.allow_host_compat,
         require_isolation: args.require_isolation.map(Isolation::from),
         cold: args.cold,

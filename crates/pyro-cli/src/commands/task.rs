@@ -5,13 +5,13 @@ use std::process::ExitCode;
 
 use pyro_engine::{
     Engine, EntryStatus, Error, ErrorKind, ExecResult, ExecSpec, JournalEntry, LogEntry, LogQuery, Observer,
-    Phase, TaskRecord,
+    Phase, PortChange, TaskRecord,
 };
 use tokio::sync::watch;
 
 use super::network;
 use super::run::{command, exit, machine, note, telling, written};
-use crate::cli::{AttachArgs, CommandArgs, CreateArgs, ExecArgs, LogsArgs, TaskVerb};
+use crate::cli::{AttachArgs, CommandArgs, CreateArgs, ExecArgs, LogsArgs, PortVerb, TaskVerb};
 use crate::config;
 use crate::failure::Failure;
 use crate::printer::Printer;
@@ -34,6 +34,7 @@ pub(crate) async fn run(
     match verb {
         TaskVerb::Create(args) => create(&engine, args, policies.as_deref(), printer).await,
         TaskVerb::Network(args) => network::run(&engine, args, printer).await,
+        TaskVerb::Port(verb) => ports(&engine, verb, printer).await,
         TaskVerb::Logs(args) if args.network => network::logs(&engine, &args, printer).await,
         TaskVerb::Exec(args) => exec(&engine, args, printer, interrupt).await,
         TaskVerb::Attach(args) => attach(&engine, args, printer).await,
@@ -259,6 +260,10 @@ fn show(record: &TaskRecord, printer: &Printer) {
     if record.network_enabled {
         lines.push(("Network", network::describe(&record.network_policy)));
     }
+    if !record.ports.is_empty() {
+        let ports: Vec<String> = record.ports.iter().map(ToString::to_string).collect();
+        lines.push(("Ports", ports.join(", ")));
+    }
     for (name, secret) in &record.secrets {
         lines.push(("Secret", format!("{name} from {} for {}", secret.value_from, secret.hosts.join(", "))));
     }
@@ -266,6 +271,27 @@ fn show(record: &TaskRecord, printer: &Printer) {
     for (name, value) in lines {
         printer.data(&format!("{name}: {value}"));
     }
+}
+
+/// Shows or changes the published ports of a task.
+async fn ports(engine: &Engine, verb: PortVerb, printer: &Printer) -> Result<ExitCode, Failure> {
+    let (task_id, change) = match verb {
+        PortVerb::Add(args) => (args.task_id, PortChange { add: args.ports, remove: Vec::new() }),
+        PortVerb::Remove(args) => (args.task_id, PortChange { add: Vec::new(), remove: args.ports }),
+        PortVerb::List(args) => (args.task_id, PortChange::default()),
+    };
+    let found = engine.change_task_ports(&task_id, &change).await?;
+    if printer.json() {
+        printer.object(&found);
+        return Ok(ExitCode::SUCCESS);
+    }
+    for port in &found.ports {
+        printer.data(&port.to_string());
+    }
+    if found.ports.is_empty() {
+        printer.data("No published ports.");
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Seconds until it expires, by the wall's clock.

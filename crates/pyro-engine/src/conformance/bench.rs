@@ -107,6 +107,7 @@ impl Bench {
         let isolation = self.driver.capabilities().isolation;
         let (restored, cold_reason) = (false, None);
         let running = Running {
+            ports: crate::ports::Ports::new(guest.clone()),
             machine,
             guest,
             execution_mode: "guest",

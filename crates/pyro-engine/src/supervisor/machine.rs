@@ -17,6 +17,7 @@ use crate::live::{Boot, Fresh, OVERLAY};
 use crate::network;
 use crate::owner::{Inbox, Owned};
 use crate::place::{Place, Terms};
+use crate::ports;
 use crate::record::VmState;
 use crate::room;
 use crate::task::TaskFile;
@@ -131,9 +132,12 @@ impl Owned for TaskMachine {
             },
             identity: Identity::new(format!("pyro-{id}"), file.machine_id.clone()),
         });
+        // Before there is a guest: a port that is in use is no reason to boot one.
+        let bound = ports::bind(&file.ports)?;
         // A process that cannot be dumped cannot make user namespaces for its children.
         self.supervisor.allow_dumps(true);
         let (place, _times) = engine.hand_out(boot, directory.workspace(), terms(&file)?).await?;
+        place.publish(bound)?;
         Ok(place)
     }
 
@@ -146,6 +150,10 @@ impl Owned for TaskMachine {
                     manner.execution_mode.clone_into(&mut file.execution_mode);
                     manner.isolation.clone_into(&mut file.isolation);
                     manner.start_mode.clone_into(&mut file.start_mode);
+                }
+                if let Some(ports) = place.ports() {
+                    // Those that were chosen by the host are kept for the next start.
+                    file.ports = ports.list();
                 }
                 file.state = VmState::Started;
                 file.last_error = None;
@@ -317,5 +325,6 @@ fn terms(file: &TaskFile) -> Result<Terms, Error> {
         isolation: isolation.transpose()?,
         allow_host: file.allow_host_compat,
         network: file.network.has_nic(),
+        ports: !file.ports.is_empty(),
     })
 }

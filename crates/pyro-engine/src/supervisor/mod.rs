@@ -38,6 +38,7 @@ use crate::error::{Error, ErrorKind};
 use crate::network::{NetworkChange, NetworkPolicy, TaskNetwork};
 use crate::owner::{self, Mailbox};
 use crate::place::Place;
+use crate::ports::{self, PortChange, TaskPorts};
 use crate::record::VmState;
 use crate::task::journal::Journal;
 use crate::task::{CONTROL_FD, Kind, LOCK_FD, READY_FD, Report, TaskDirectory, TaskFile, read_order};
@@ -268,6 +269,32 @@ impl Supervisor {
         let changed = place.network().map(|network| network.set_policy(new));
         answer.closed_connections = Some(changed.map_or(0, |changed| changed.closed_connections));
         Ok(answer)
+    }
+
+    /// Publishes ports of the guest, or publishes them no more.
+    async fn change_ports(&self, change: &PortChange) -> Result<TaskPorts, Error> {
+        let _one_at_a_time = self.network_changes.lock().await;
+        let place = self.place.borrow().clone();
+        let now = self.file().ports.clone();
+        let task_id = self.id.clone();
+        if change.is_empty() {
+            return Ok(TaskPorts { task_id, ports: now });
+        }
+        let ports = match (place.ports(), &place) {
+            (Some(ports), _) => ports.change(change)?,
+            (None, Place::Host(_)) => {
+                let text = format!("task {task_id} runs on this host: its ports are the host's own");
+                return Err(Error::new(ErrorKind::WrongState, text));
+            }
+            (None, _) => {
+                let (left, add) = change.applied(&now)?;
+                let ports = [left, add].concat();
+                ports::check(&ports)?;
+                ports
+            }
+        };
+        self.write(|file| file.ports.clone_from(&ports))?;
+        Ok(TaskPorts { task_id, ports })
     }
 
     fn missing(&self) -> Error {

@@ -25,7 +25,7 @@ use crate::spec::{Command, ExecSpec};
 use crate::task::supervisor_proto::supervisor_server::{Supervisor as Service, SupervisorServer};
 use crate::task::supervisor_proto::{
     CancelRequest, DeleteRequest, Done, ExecInput, FollowRequest, HelloReply, HelloRequest, NetworkReply,
-    NetworkRequest, StartRequest, StopRequest, exec_input,
+    NetworkRequest, PortsReply, PortsRequest, StartRequest, StopRequest, exec_input,
 };
 use crate::task::to_status;
 
@@ -198,6 +198,18 @@ impl Service for Calls {
             };
             let answer = supervisor.change_network(&change).await?;
             Ok(NetworkReply { answer: serde_json::to_vec(&answer).map_err(text)?.into() })
+        })
+        .await
+        .map(Response::new)
+    }
+
+    async fn ports(&self, request: Request<PortsRequest>) -> Result<Response<PortsReply>, Status> {
+        let change = request.into_inner().change;
+        let supervisor = Arc::clone(&self.0);
+        on_its_own(async move {
+            let text = |error: serde_json::Error| Error::host("a request about ports", &error);
+            let answer = supervisor.change_ports(&serde_json::from_slice(&change).map_err(text)?).await?;
+            Ok(PortsReply { answer: serde_json::to_vec(&answer).map_err(text)?.into() })
         })
         .await
         .map(Response::new)

@@ -181,6 +181,7 @@ impl Engine {
             isolation: isolation.to_owned(),
             start_mode: "cold".to_owned(),
             network: spec.network.clone(),
+            ports: spec.publish.clone(),
             secrets: spec.secrets.iter().map(|held| (held.name.clone(), held.secret.clone())).collect(),
             require_isolation: spec.require_isolation.map(|tier| tier.as_str().to_owned()),
             metadata: std::collections::BTreeMap::new(),

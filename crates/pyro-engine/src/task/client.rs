@@ -12,11 +12,12 @@ use tonic::{Code, Status};
 
 use crate::error::{Error, ErrorKind};
 use crate::network::{NetworkChange, TaskNetwork};
+use crate::ports::{PortChange, TaskPorts};
 use crate::task::{TaskDirectory, owner, socket};
 use supervisor_proto::supervisor_client::SupervisorClient;
 use supervisor_proto::{
     CancelRequest, DeleteRequest, Done, Event, ExecInput, FollowRequest, HelloRequest, NetworkRequest,
-    StartRequest, StopRequest, event,
+    PortsRequest, StartRequest, StopRequest, event,
 };
 
 #[expect(
@@ -153,14 +154,21 @@ impl Client {
             reply = calls.network(NetworkRequest { change: change.into() }) => reply,
             error = self.silence(false) => return Err(error),
         };
-        let reply = reply.map_err(|status| {
-            if status.code() == tonic::Code::Unimplemented {
-                let text = "the task's supervisor is of an older pyro, which knows no networks";
-                return Error::new(ErrorKind::WrongState, text).hint("stop the task and start it again");
-            }
-            from_status(&status)
-        })?;
-        let reply = reply.into_inner();
+        let reply = reply.map_err(|status| older(&status, "knows no networks"))?.into_inner();
+        serde_json::from_slice(&reply.answer).map_err(text)
+    }
+
+    /// Makes a change to the task's published ports, if there is one; returns them.
+    pub(crate) async fn ports(&self, change: &PortChange) -> Result<TaskPorts, Error> {
+        let text = |error: serde_json::Error| Error::host("an answer about ports", &error);
+        let change = serde_json::to_vec(change).map_err(text)?;
+        let mut calls = self.calls.clone();
+        let reply = tokio::select! {
+            biased;
+            reply = calls.ports(PortsRequest { change: change.into() }) => reply,
+            error = self.silence(false) => return Err(error),
+        };
+        let reply = reply.map_err(|status| older(&status, "publishes no ports"))?.into_inner();
         serde_json::from_slice(&reply.answer).map_err(text)
     }
 
@@ -230,6 +238,15 @@ pub(crate) fn to_status(error: &Error) -> Status {
     let told = Told { code: error.kind().code().to_owned(), hint: error.remedy().map(str::to_owned) };
     let details = serde_json::to_vec(&told).unwrap_or_default();
     Status::with_details(Code::FailedPrecondition, error.to_string(), details.into())
+}
+
+/// An error of a call that an older supervisor does not know.
+fn older(status: &tonic::Status, what: &str) -> Error {
+    if status.code() != tonic::Code::Unimplemented {
+        return from_status(status);
+    }
+    let text = format!("the task's supervisor is of an older pyro, which {what}");
+    Error::new(ErrorKind::WrongState, text).hint("stop the task and start it again")
 }
 
 /// The error that the supervisor has told, or that the connection to it broke.

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::budget::Promise;
 use crate::error::{Error, ErrorKind};
 use crate::files;
+use crate::ports::Published;
 use crate::record::VmState;
 use crate::registry::now;
 use crate::task::TaskDirectory;
@@ -51,6 +52,9 @@ pub(crate) struct TaskFile {
     /// What its guest uses and does not see, by the variable that it has of it; never the values.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) secrets: BTreeMap<String, Secret>,
+    /// Ports of its guest that this host's lead to.
+    #[serde(default)]
+    pub(crate) ports: Vec<Published>,
     /// The least tier that its guest may have.
     #[serde(default)]
     pub(crate) require_isolation: Option<String>,
@@ -221,6 +225,7 @@ pub(crate) mod tests {
             start_mode: "cold".to_owned(),
             network: Policy::none(),
             secrets: BTreeMap::new(),
+            ports: Vec::new(),
             require_isolation: None,
             metadata: BTreeMap::new(),
             last_error: None,

@@ -31,6 +31,7 @@ pub use self::record::{
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, LOCK_HELD};
 use crate::network::{self, NetworkChange, NetworkLog, NetworkPolicy, TaskNetwork};
+use crate::ports::{self, PortChange, TaskPorts};
 use crate::registry::TaskLock;
 
 /// Between two looks at a supervisor that is on its way in or out: for a moment it holds its lock and does not
@@ -294,6 +295,32 @@ impl Engine {
                         counts: None,
                         task_id: file.task_id,
                     })
+                })
+                .await
+            }
+        }
+    }
+
+    /// Publishes ports of a task's guest, or publishes them no more; with an empty change it only tells. Those of a stopped
+    /// task are taken at its next start.
+    ///
+    /// # Errors
+    /// When there is no such task, a port is in use, or a change names no port.
+    pub async fn change_task_ports(&self, task_id: &str, change: &PortChange) -> Result<TaskPorts, Error> {
+        match self.find_task(task_id).await? {
+            Found::Supervised(client) => self.unless_expired(task_id, client.ports(change).await).await,
+            Found::Alone(lock, mut file) => {
+                let (engine, change) = (self.clone(), change.clone());
+                self.blocking(move || {
+                    if !change.is_empty() {
+                        let (left, add) = change.applied(&file.ports)?;
+                        file.ports = [left, add].concat();
+                        ports::check(&file.ports)?;
+                        let directory = engine.inner.registry.task_directory(&file.task_id)?;
+                        file.write(&directory).map_err(|error| Error::state(directory.path(), &error))?;
+                    }
+                    drop(lock);
+                    Ok(TaskPorts { task_id: file.task_id, ports: file.ports })
                 })
                 .await
             }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::network::{NetworkPolicy, SecretRecord, guest_ip, tap_name};
+use crate::ports::Published;
 use crate::record::VmState;
 use crate::task::file::TaskFile;
 use crate::task::journal::{EntryStatus, JournalEntry};
@@ -29,6 +30,7 @@ pub struct TaskRecord {
     pub state: VmState,
     pub network_enabled: bool,
     pub network_policy: NetworkPolicy,
+    pub ports: Vec<Published>,
     pub secrets: BTreeMap<String, SecretRecord>,
     pub allow_host_compat: bool,
     pub guest_ip: Option<String>,
@@ -185,6 +187,7 @@ impl TaskRecord {
             state: file.state,
             network_enabled: has_network,
             network_policy: NetworkPolicy::from(&file.network),
+            ports: file.ports,
             secrets: file.secrets.into_iter().map(|(name, secret)| (name, (&secret).into())).collect(),
             allow_host_compat: file.allow_host_compat,
             guest_ip: guest_ip(has_network),

@@ -15,6 +15,7 @@ use crate::execute::Cancel;
 use crate::observe::Observer;
 use crate::owner::{Inbox, Owned, Reply, answer};
 use crate::place::Place;
+use crate::ports;
 use crate::record::{Cleanup, ExecResult, Fault, VmRecord, VmState};
 use crate::spec::{ExecSpec, VmSpec};
 
@@ -138,8 +139,11 @@ impl Owned for VmMachine {
 
     async fn boot(&mut self) -> Result<Place, Error> {
         let Some(dir) = self.dir() else { return Err(self.missing()) };
+        let bound = ports::bind(&self.spec.publish)?;
         let started = self.engine.start_in(dir, &self.spec, &self.record.vm_id, self.environment.as_ref());
-        Ok(started.await?.0)
+        let (place, _times) = started.await?;
+        place.publish(bound)?;
+        Ok(place)
     }
 
     async fn started(&mut self, booted: Result<Place, Error>) -> Result<VmRecord, Error> {

@@ -1,8 +1,8 @@
 //! Tests of the log.
 
+use std::fs::File;
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
-use std::fs::File;
 use std::path::Path;
 
 use proptest::prelude::*;
