@@ -65,6 +65,8 @@ class Standins:
         config.bind = [f"fd://{listener.detach()}"]
         config.certfile, config.keyfile = str(chain), str(key)
         config.accesslog = config.errorlog = None
+        # As servers have it: a tool may think for a while between two requests.
+        config.keep_alive_timeout = 75
         config.h11_max_incomplete_size = PIECE
         started = threading.Event()
 

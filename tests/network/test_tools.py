@@ -83,7 +83,7 @@ class Guest:
             "GIT_SSL_CAINFO=/etc/ssl/certs/ca-certificates.crt; "
         )
         done = self.program.run("task", "exec", self.id, "--timeout-seconds", str(limit), "--", "sh", "-c", trust + script)
-        assert done.returncode == 0, (script, done.stdout[-2000:], done.stderr[-2000:])
+        assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         return done.stdout
 
     def user(self):

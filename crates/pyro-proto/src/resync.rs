@@ -81,8 +81,16 @@ pub struct Scanner {
 impl Scanner {
     /// Takes bytes up to the end of the next mark. Returns how many were taken, and the mark if one ended.
     pub fn feed(&mut self, bytes: &[u8]) -> (usize, Option<(Kind, Nonce)>) {
-        for (index, &byte) in bytes.iter().enumerate() {
-            self.partial.push(byte);
+        let mut index = 0;
+        while index < bytes.len() {
+            if self.partial.is_empty() {
+                // Whatever floods the stream is passed over at the speed of a search.
+                match bytes[index..].iter().position(|&byte| byte == MAGIC[0]) {
+                    Some(noise) => index += noise,
+                    None => break,
+                }
+            }
+            self.partial.push(bytes[index]);
             self.drop_what_cannot_be_a_mark();
             if self.partial.len() == MARK_LEN {
                 let found = Kind::from_byte(self.partial[MAGIC.len()]).map(|kind| {
@@ -95,6 +103,7 @@ impl Scanner {
                 self.drop_what_cannot_be_a_mark();
                 return (index + 1, found);
             }
+            index += 1;
         }
         (bytes.len(), None)
     }
