@@ -20,6 +20,7 @@ use bytes::Bytes;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
+use hyper::client::conn::TrySendError;
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, UPGRADE};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
@@ -31,8 +32,9 @@ use tokio::task::JoinSet;
 pub(crate) use self::authority::Authority;
 use self::sender::Sender;
 
-/// How long the head of a request may take to arrive.
-const HEAD_WITHIN: Duration = Duration::from_secs(10);
+/// How long the head of a request may take to arrive, and a connection may be idle between two: as long as servers wait, since a
+/// tool that thinks meanwhile may not send what it sends to a closed connection again.
+const HEAD_WITHIN: Duration = Duration::from_secs(75);
 const HEAD_BYTES: usize = 64 << 10;
 const HEADERS: usize = 100;
 const HEAD_LIST_BYTES: u32 = 64 << 10;
@@ -45,6 +47,8 @@ const STREAMS: u32 = 128;
 const PING: Duration = Duration::from_secs(60);
 
 type Body = BoxBody<Bytes, hyper::Error>;
+/// What came of a request; one that was not sent comes back.
+type Tried = Result<Response<Incoming>, TrySendError<Request<Incoming>>>;
 
 /// The version of HTTP that a connection speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -183,8 +187,25 @@ impl<U: Upstream> Session<U> {
         response.map(BodyExt::boxed)
     }
 
-    /// Sends a request over the connection that is there, or a new one.
-    async fn send(&self, request: Request<Incoming>) -> Result<Response<Incoming>, SendError> {
+    /// Sends a request over the connection that is there, or a new one. One that the server has closed before it took anything
+    /// of the request is no reason to fail.
+    async fn send(&self, mut request: Request<Incoming>) -> Result<Response<Incoming>, SendError> {
+        let mut is_second = false;
+        loop {
+            match self.try_send(request).await? {
+                Ok(response) => return Ok(response),
+                Err(mut refused) => match refused.take_message() {
+                    Some(again) if !is_second => {
+                        (request, is_second) = (again, true);
+                        drop(self.sender.lock().await.take());
+                    }
+                    _ => return Err(refused.into_error().into()),
+                },
+            }
+        }
+    }
+
+    async fn try_send(&self, request: Request<Incoming>) -> Result<Tried, SendError> {
         let mut kept = self.sender.lock().await;
         let ready = match kept.as_mut() {
             Some(sender) => sender.is_ready().await,
@@ -198,12 +219,12 @@ impl<U: Upstream> Session<U> {
             *kept = Some(sender);
         }
         match kept.as_mut() {
-            Some(Sender::Http1(sender)) => Ok(sender.send_request(request).await?),
+            Some(Sender::Http1(sender)) => Ok(sender.try_send_request(request).await),
             Some(Sender::Http2(sender)) => {
                 let mut sender = sender.clone();
                 // Requests of HTTP/2 do not wait for each other.
                 drop(kept);
-                Ok(sender.send_request(request).await?)
+                Ok(sender.try_send_request(request).await)
             }
             None => Err(io::Error::from(io::ErrorKind::NotConnected).into()),
         }

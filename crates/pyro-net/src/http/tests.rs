@@ -135,3 +135,33 @@ async fn a_protocol_that_takes_over_the_connection_does() {
     let length = upstream.read(&mut buffer).await.expect("read");
     assert_eq!(&buffer[..length], b"from the guest");
 }
+
+#[tokio::test]
+async fn a_server_that_has_closed_an_idle_connection_is_dialled_again() {
+    let server = Server::default();
+    let (mut guest, own) = tokio::io::duplex(64 << 10);
+    drop(tokio::spawn(serve(own, authority(), server.clone(), Protocol::Http1)));
+    let mut buffer = vec![0; 4096];
+    for path in ["/a", "/b"] {
+        let request = format!("POST {path} HTTP/1.1\r\nHost: example.test\r\nContent-Length: 2\r\n\r\nhi");
+        guest.write_all(request.as_bytes()).await.expect("written");
+        let mut upstream = loop {
+            if let Some(upstream) = server.0.lock().expect("no panic").pop() {
+                break upstream;
+            }
+            tokio::task::yield_now().await;
+        };
+        let mut heard = String::new();
+        while !heard.ends_with("hi") {
+            let length = upstream.read(&mut buffer).await.expect("read");
+            assert_ne!(length, 0, "{heard}");
+            heard.push_str(&String::from_utf8_lossy(&buffer[..length]));
+        }
+        assert!(heard.starts_with(&format!("POST {path} ")), "{heard}");
+        upstream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await.expect("written");
+        let length = guest.read(&mut buffer).await.expect("read");
+        assert!(buffer[..length].starts_with(b"HTTP/1.1 200 OK"));
+        // It keeps nothing open.
+        drop(upstream);
+    }
+}
