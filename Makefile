@@ -12,6 +12,8 @@ check: ## Format, lints, dependency policy, docs
 	scripts/check.sh
 chaos: setup ## Kill everything at random, FOR seconds (600) from a SEED
 	scripts/chaos.sh
+soak: setup ## Run the long forms of tests whose short ones are in `make test`
+	scripts/soak.sh
 fuzz: setup ## Feed every decoder of foreign bytes, FOR seconds each (20)
 	scripts/fuzz.sh
 wheel: setup ## Build the Python wheel
@@ -30,4 +32,4 @@ bench-python: setup ## Measure what a call from Python costs
 	scripts/bench.sh python
 setup: ## Install what a fresh Debian machine lacks
 	@scripts/setup.sh
-.PHONY: help run test test-firecracker test-qemu check chaos fuzz wheel kernel bench bench-start bench-network bench-mcp bench-python setup
+.PHONY: help run test test-firecracker test-qemu check chaos soak fuzz wheel kernel bench bench-start bench-network bench-mcp bench-python setup

@@ -41,7 +41,8 @@ long=template,outlives,panic,allows
     run nobody PYRO_TEST_CASES=exit_code,confined,missing_element,owner,goes_on,allows scripts/lane.sh nobody &&
         run long PYRO_TEST_CASES=$long scripts/lane.sh root
 } &
-run root PYRO_TEST_CASES="-$(echo $long | sed 's/,/,-/g')" scripts/lane.sh root || status=$?
+# A control group of the guest is the agent's affair, on any VMM: QEMU's suite has that case.
+run root PYRO_TEST_CASES="-group,-$(echo $long | sed 's/,/,-/g')" scripts/lane.sh root || status=$?
 show root
 wait $! || status=$?
 for log in nobody long; do [ ! -e "$logs/$log" ] || show $log; done

@@ -21,10 +21,10 @@ pub fn http(bytes: &[u8]) -> Vec<u8> {
     talk(bytes, Protocol::Http1)
 }
 
-/// As [`http`], over HTTP/2.
+/// As `http`, over HTTP/2.
 ///
 /// # Panics
-/// As [`http`].
+/// As `http`.
 pub fn http2(bytes: &[u8]) -> Vec<u8> {
     talk(bytes, Protocol::Http2)
 }

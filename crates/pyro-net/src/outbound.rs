@@ -162,7 +162,7 @@ fn load(file: Option<PathBuf>) -> io::Result<ClientConfig> {
     let mut roots = RootCertStore::empty();
     let (added, _refused) = roots.add_parsable_certificates(found.certs);
     if added == 0 {
-        let place = file.map_or("on this host".to_owned(), |file| format!("in '{}'", file.display()));
+        let place = file.map_or_else(|| "on this host".to_owned(), |file| format!("in '{}'", file.display()));
         let cause = found.errors.first().map_or_else(String::new, |error| format!(": {error}"));
         let text = format!(
             "there are no certificates of authorities {place}{cause}; install ca-certificates, or set SSL_CERT_FILE"

@@ -31,7 +31,7 @@ impl HostPattern {
     /// The name without the star: certificates are limited to it and to what is below it.
     pub(crate) fn domain(&self) -> String {
         let text = self.0.to_string();
-        text.strip_prefix("*.").map_or(text.clone(), str::to_owned)
+        text.strip_prefix("*.").map_or_else(|| text.clone(), str::to_owned)
     }
 }
 
@@ -225,10 +225,7 @@ mod tests {
         }
         for text in ["api.example.com", "*.example.com"] {
             let pattern: HostPattern = text.parse().expect(text);
-            assert_eq!(
-                (pattern.to_string(), pattern.domain()),
-                (text.to_owned(), text.replace("*.", "").replace("api.example.com", "api.example.com"))
-            );
+            assert_eq!((pattern.to_string(), pattern.domain()), (text.to_owned(), text.replace("*.", "")));
         }
         for text in ["", "a.test:443", "10.0.0.0/8", "host.pyro.internal:1", "a b"] {
             assert!(text.parse::<HostPattern>().is_err(), "{text}");
