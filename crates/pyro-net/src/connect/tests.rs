@@ -83,7 +83,13 @@ impl Site {
                         let head =
                             format!("{} {} {:?}", request.method(), request.uri().path(), request.headers());
                         hears.lock().expect("no panic").push(head);
-                        async { Ok::<_, std::convert::Infallible>(hyper::Response::new("hello".to_owned())) }
+                        let is_silent = request.uri().path() == "/never";
+                        async move {
+                            if is_silent {
+                                std::future::pending::<()>().await;
+                            }
+                            Ok::<_, std::convert::Infallible>(hyper::Response::new("hello".to_owned()))
+                        }
                     });
                     let stream = TokioIo::new(stream);
                     match protocol {
@@ -291,4 +297,37 @@ async fn a_revoked_rule_ends_a_connection_whose_requests_are_read() {
     stream.read_u8().await.expect_err("reset");
     let error = served.await.expect("no panic").expect_err("revoked");
     assert_eq!(error, "the policy does not allow it any more");
+}
+
+#[tokio::test]
+async fn a_revoked_rule_ends_requests_of_http2_that_a_server_never_answers() {
+    let site = Site::start("a.test", Protocol::Http2).await;
+    let net = Net::new(&site, &[]);
+    let (stream, served) = net.connect().await;
+    let stream = net.handshake(stream, &[Protocol::Http2]).await.expect("TLS");
+    let (mut sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+            .await
+            .expect("HTTP/2");
+    let carried = tokio::spawn(connection);
+    let request = Request::builder().uri("https://a.test/never").body(String::new()).expect("a request");
+    let asked = tokio::spawn(sender.send_request(request));
+    while site.heard().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let alive = tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    assert_eq!(net.network.set_policy(policy(false, &["b.test"], &[])).closed_connections, 1);
+    assert_eq!(
+        served.await.expect("no panic").expect_err("revoked"),
+        "the policy does not allow it any more"
+    );
+    asked.await.expect("no panic").expect_err("reset");
+    drop(carried.await);
+    // The connection to the server, and what waited for its answer, are gone as well.
+    let gone = async {
+        while tokio::runtime::Handle::current().metrics().num_alive_tasks() > alive - 4 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), gone).await.expect("no task is left");
 }

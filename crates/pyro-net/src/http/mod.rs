@@ -7,13 +7,14 @@
 
 mod authority;
 mod sender;
+mod tasks;
 #[cfg(test)]
 mod tests;
 
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
-use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -24,13 +25,13 @@ use hyper::client::conn::TrySendError;
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, UPGRADE};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Mutex;
-use tokio::task::JoinSet;
 
 pub(crate) use self::authority::Authority;
 use self::sender::Sender;
+use self::tasks::{Keeper, Tasks};
 
 /// How long the head of a request may take to arrive, and a connection may be idle between two: as long as servers wait, since a
 /// tool that thinks meanwhile may not send what it sends to a closed connection again.
@@ -90,13 +91,10 @@ pub(crate) async fn serve<U: Upstream>(
     upstream: U,
     protocol: Protocol,
 ) -> Result<(), hyper::Error> {
-    let session = Arc::new(Session {
-        authority,
-        upstream,
-        protocol,
-        sender: Mutex::new(None),
-        tasks: StdMutex::default(),
-    });
+    let keeper = Keeper::new();
+    let tasks = keeper.0.clone();
+    let session =
+        Arc::new(Session { authority, upstream, protocol, sender: Mutex::new(None), tasks: tasks.clone() });
     let service = service_fn(|request| {
         let session = Arc::clone(&session);
         async move { Ok::<_, Infallible>(session.answer(request).await) }
@@ -116,7 +114,7 @@ pub(crate) async fn serve<U: Upstream>(
                 .await
         }
         Protocol::Http2 => {
-            hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+            hyper::server::conn::http2::Builder::new(tasks)
                 .timer(TokioTimer::new())
                 .initial_stream_window_size(STREAM_WINDOW)
                 .initial_connection_window_size(CONNECTION_WINDOW)
@@ -129,7 +127,8 @@ pub(crate) async fn serve<U: Upstream>(
         }
     };
     // What has taken over the connection goes on after HTTP has ended.
-    session.finish().await;
+    drop(session.sender.lock().await.take());
+    keeper.finish().await;
     served
 }
 
@@ -139,24 +138,11 @@ struct Session<U> {
     upstream: U,
     protocol: Protocol,
     sender: Mutex<Option<Sender>>,
-    /// Connections to the server, and what has taken over one of them. They end with the session.
-    tasks: StdMutex<JoinSet<()>>,
+    /// Connections to the server, and what has taken over one of them.
+    tasks: Tasks,
 }
 
 impl<U: Upstream> Session<U> {
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-        // Those that have ended are let go of.
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn(task);
-    }
-
-    async fn finish(&self) {
-        drop(self.sender.lock().await.take());
-        let mut tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
-        while tasks.join_next().await.is_some() {}
-    }
-
     async fn answer(&self, mut request: Request<Incoming>) -> Response<Body> {
         let refused = self.authority.refuses(&request);
         if let Err(why) = self.upstream.decide(&mut request, refused) {
@@ -177,7 +163,7 @@ impl<U: Upstream> Session<U> {
         }
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             let from_server = hyper::upgrade::on(&mut response);
-            self.spawn(async move {
+            self.tasks.spawn(async move {
                 let (Ok(guest), Ok(server)) = tokio::join!(from_guest, from_server) else { return };
                 let (mut guest, mut server) = (TokioIo::new(guest), TokioIo::new(server));
                 // Either side's end or error ends both.
@@ -213,9 +199,9 @@ impl<U: Upstream> Session<U> {
         };
         if !ready {
             let stream = self.upstream.connect().await?;
-            let (sender, connection) = Sender::meet(stream, self.protocol).await?;
+            let (sender, connection) = Sender::meet(stream, self.protocol, self.tasks.clone()).await?;
             // It ends with the server, or with its sender.
-            self.spawn(connection);
+            self.tasks.spawn(connection);
             *kept = Some(sender);
         }
         match kept.as_mut() {

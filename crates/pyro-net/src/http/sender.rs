@@ -4,9 +4,10 @@ use std::pin::Pin;
 
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use super::tasks::Tasks;
 use super::{CONNECTION_WINDOW, HEAD_LIST_BYTES, HEADERS, PING, Protocol, STREAM_WINDOW};
 
 /// What requests are sent by.
@@ -23,6 +24,7 @@ impl Sender {
     pub(super) async fn meet(
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         protocol: Protocol,
+        tasks: Tasks,
     ) -> Result<(Self, Carrier), hyper::Error> {
         let stream = TokioIo::new(stream);
         match protocol {
@@ -35,7 +37,7 @@ impl Sender {
                 Ok((Self::Http1(sender), Box::pin(async move { drop(connection.with_upgrades().await) })))
             }
             Protocol::Http2 => {
-                let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+                let (sender, connection) = http2::Builder::new(tasks)
                     .timer(TokioTimer::new())
                     .initial_stream_window_size(STREAM_WINDOW)
                     .initial_connection_window_size(CONNECTION_WINDOW)

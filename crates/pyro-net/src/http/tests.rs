@@ -3,6 +3,7 @@
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
 use super::*;
+use std::sync::Mutex as StdMutex;
 
 /// A server that answers each request with its bytes, and remembers that it was called.
 #[derive(Clone, Default)]
