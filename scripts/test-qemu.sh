@@ -24,6 +24,18 @@ as_nobody env TMPDIR="$own/tmp" PYRO_TEST_GUEST="$own/guest" PYRO_TEST_CASES=exi
     "$own/tests" conformance::conformance_of_qemu --exact --nocapture > "$own/log" 2>&1 || { cat "$own/log"; exit 1; }
 sed -n 's/^conformance: qemu/conformance: qemu as an ordinary user/p' "$own/log"
 grep -q '^conformance: qemu: [1-9][0-9]* cases passed' "$own/log"
+# The whole program: it makes templates of its own, and restores from them, with a network and with a secret.
+mkdir "$own/cache" "$own/home"
+cp -a --sparse=always target/tmp/environments/envs target/tmp/environments/kernels "$own/cache"
+cp "$(scripts/program.sh)" "$own/pyro"
+chown -R nobody "$own/cache" "$own/home"
+for _ in 1 2; do
+    as_nobody env HOME="$own/home" PYRO_STATE_DIR="$own/home/state" PYRO_RUNTIME_DIR="$own/home/runtime" WORD=secret \
+        PYRO_ENVIRONMENT_CACHE_DIR="$own/cache" "$own/pyro" run debian:12 --mem-mib 256 --network --secret T=env:WORD@example.com \
+        --json -- sh -c 'echo $T' > "$own/log" || { cat "$own/log"; exit 1; }
+done
+grep -q '"stdout": "pyro-secret-' "$own/log" && grep -q '"start_mode": "restored"' "$own/log" || { cat "$own/log"; exit 1; }
+echo 'pyro as an ordinary user: restored, with a network and a secret'
 
 root=$PWD/target/tmp/qemu-backports
 skip() {

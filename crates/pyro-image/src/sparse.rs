@@ -1,9 +1,9 @@
 //! Files that are mostly holes: the memory and the disks of machines.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
 use rustix::fs::{FallocateFlags, SeekFrom as Region};
@@ -31,11 +31,21 @@ pub fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     target.set_len(length)
 }
 
-/// Gives back the room of a file's holes, which may have been reserved before anything was written there.
+/// Gives back the room of a file's holes, which may have been reserved before anything was written there. A file that nobody
+/// may write is as unwritable afterwards.
 ///
 /// # Errors
-/// When the file cannot be read.
+/// When the file is not this user's own, or cannot be read.
 pub(crate) fn release_holes(path: &Path) -> io::Result<()> {
+    let mode = fs_err::metadata(path)?.permissions();
+    // Only root may write it all the same.
+    fs_err::set_permissions(path, Permissions::from_mode(0o600))?;
+    let released = release_holes_of_writable(path);
+    fs_err::set_permissions(path, mode)?;
+    released
+}
+
+fn release_holes_of_writable(path: &Path) -> io::Result<()> {
     let file = fs_err::OpenOptions::new().read(true).write(true).open(path)?.into_file();
     let length = file.metadata()?.len();
     let punch = |from: u64, to: u64| {
@@ -149,11 +159,13 @@ mod tests {
         let file = fs_err::File::create_new(&path).expect("created").into_file();
         rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, 64 << 20).expect("reserved");
         file.write_all_at(b"island", 32 << 20).expect("written");
+        // A saved machine is not to be changed, and its owner is no root everywhere: scripts/test-qemu.sh runs it as another.
+        fs_err::set_permissions(&path, Permissions::from_mode(0o444)).expect("set");
         let before = digest(&path, &|| false).expect("read");
         assert!(file.metadata().expect("there").blocks() * 512 >= 64 << 20);
         release_holes(&path).expect("released");
         let found = file.metadata().expect("there");
-        assert_eq!(found.len(), 64 << 20);
+        assert_eq!((found.len(), found.permissions().mode() & 0o777), (64 << 20, 0o444));
         assert!(found.blocks() * 512 < 1 << 20, "{} blocks", found.blocks());
         assert_eq!(digest(&path, &|| false).expect("read"), before);
     }
