@@ -43,14 +43,19 @@ fn show(network: &TaskNetwork, printer: &Printer) {
     for (host, requests) in &policy.inspect {
         printer.data(&format!("Inspect: {host}: {}", inspected(requests)));
     }
+    show_counts(network, printer);
+    if let Some(closed) = network.closed_connections {
+        printer.say(&format!("[task-network] closed_connections={closed}"));
+    }
+}
+
+/// What the guest did since its start, if it runs.
+pub(super) fn show_counts(network: &TaskNetwork, printer: &Printer) {
     if let Some(counts) = network.counts {
         printer.data(&format!(
             "Since its start: {} allowed, {} denied, {} bytes in, {} bytes out",
             counts.allowed, counts.denied, counts.bytes_in, counts.bytes_out
         ));
-    }
-    if let Some(closed) = network.closed_connections {
-        printer.say(&format!("[task-network] closed_connections={closed}"));
     }
 }
 

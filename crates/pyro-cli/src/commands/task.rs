@@ -40,7 +40,11 @@ pub(crate) async fn run(
         TaskVerb::Attach(args) => attach(&engine, args, printer).await,
         TaskVerb::Cancel(args) => cancel(&engine, args, printer).await,
         TaskVerb::Status(args) => {
-            show(&engine.status_task(&args.task_id).await?, printer);
+            let record = engine.status_task(&args.task_id).await?;
+            show(&record, printer);
+            if record.network_enabled && !printer.json() {
+                network::show_counts(&engine.task_network(&args.task_id).await?, printer);
+            }
             Ok(ExitCode::SUCCESS)
         }
         TaskVerb::Logs(args) => logs(&engine, args, printer).await,
