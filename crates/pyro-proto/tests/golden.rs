@@ -3,7 +3,8 @@
 use prost::Message;
 use pyro_proto::resync::{Kind, mark};
 use pyro_proto::{
-    EnvVar, ExecEvent, ExecExited, ExecInput, ExecStart, SignalRequest, exec_event, exec_exited, exec_input,
+    DialConnected, DialEnd, DialEvent, DialInput, DialRefused, EnvVar, ExecEvent, ExecExited, ExecInput,
+    ExecStart, IdentifyRequest, SignalRequest, dial_event, dial_input, exec_event, exec_exited, exec_input,
 };
 
 fn hex(bytes: &[u8]) -> String {
@@ -47,6 +48,26 @@ fn a_start_and_an_end() {
 fn a_signal() {
     let signal = SignalRequest { pid: 300, signal: 15 };
     assert_eq!(hex(&signal.encode_to_vec()), "08ac02100f");
+}
+
+#[test]
+fn what_generation_2_has_added() {
+    let identity = IdentifyRequest {
+        hostname: "a".to_owned(),
+        authority: "PEM".into(),
+        environment: vec![EnvVar { name: "A".into(), value: "b".into() }],
+        ..IdentifyRequest::default()
+    };
+    assert_eq!(hex(&identity.encode_to_vec()), "1a01612a0350454d32060a0141120162");
+    let input = |kind| hex(&DialInput { kind: Some(kind) }.encode_to_vec());
+    assert_eq!(input(dial_input::Kind::Port(3000)), "08b817");
+    assert_eq!(input(dial_input::Kind::Bytes("ab".into())), "12026162");
+    assert_eq!(input(dial_input::Kind::End(DialEnd {})), "1a00");
+    let event = |kind| hex(&DialEvent { kind: Some(kind) }.encode_to_vec());
+    assert_eq!(event(dial_event::Kind::Connected(DialConnected {})), "0a00");
+    assert_eq!(event(dial_event::Kind::Refused(DialRefused { message: "no".to_owned() })), "12040a026e6f");
+    assert_eq!(event(dial_event::Kind::Bytes("ab".into())), "1a026162");
+    assert_eq!(event(dial_event::Kind::End(DialEnd {})), "2200");
 }
 
 #[test]
