@@ -472,7 +472,7 @@ fn a_name_that_is_not_allowed_is_asked_of_nobody() {
             } else {
                 Reply::Empty
             };
-            drop(server.send_to(&&query.reply(reply), peer));
+            drop(server.send_to(&query.reply(reply), peer));
         }
     }));
     let resolv = tempfile::NamedTempFile::new().expect("a file");
