@@ -1,6 +1,7 @@
 //! Secrets that a guest uses and never sees.
 
 use fs_err as fs;
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
@@ -115,11 +116,11 @@ fn git(pyro: &Pyro, id: &str, words: &str) -> Output {
     pyro.run(&["task", "exec", id, "--timeout-seconds", "100", "--", "sh", "-c", &script])
 }
 
-/// Whether the memory of a process holds this text.
-fn remembers(pid: i32, wanted: &str) -> bool {
+/// Which of these texts are in the memory of a process.
+fn remembered(pid: i32, texts: [&str; 2]) -> BTreeSet<String> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("it runs");
     let memory = fs::File::open(format!("/proc/{pid}/mem")).expect("root may read it").into_file();
-    let grep = ["-c", "-a", "-F", wanted];
+    let grep = ["-a", "-o", "-F", "-e", texts[0], "-e", texts[1]];
     let mut grep = start(Command::new("grep").args(grep).stdin(Stdio::piped()).stdout(Stdio::piped()));
     let mut into = grep.stdin.take().expect("a pipe");
     let mut piece = vec![0; 4 << 20];
@@ -136,8 +137,8 @@ fn remembers(pid: i32, wanted: &str) -> bool {
         }
     }
     drop(into);
-    let counted = grep.wait_with_output().expect("it ends");
-    text(&counted.stdout).trim() != "0"
+    let found = grep.wait_with_output().expect("it ends").stdout;
+    text(&found).lines().map(str::to_owned).collect()
 }
 
 fn find(bytes: &[u8], wanted: &[u8]) -> bool {
@@ -146,18 +147,12 @@ fn find(bytes: &[u8], wanted: &[u8]) -> bool {
     starts.into_iter().any(|(at, _)| bytes[at..].starts_with(wanted))
 }
 
-/// The files below a directory that hold these bytes.
-fn holding(dir: &Path, wanted: &[u8]) -> Vec<std::path::PathBuf> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(dir).expect("a directory").flatten() {
-        let kind = entry.file_type().expect("a kind");
-        if kind.is_dir() {
-            found.extend(holding(&entry.path(), wanted));
-        } else if kind.is_file() && fs::read(entry.path()).is_ok_and(|bytes| find(&bytes, wanted)) {
-            found.push(entry.path());
-        }
-    }
-    found
+/// Which of these texts are in files below a directory, its disks among them.
+fn held_below(dir: &Path, texts: [&str; 2]) -> BTreeSet<String> {
+    let mut grep = Command::new("grep");
+    grep.args(["-r", "-a", "-o", "-h", "-F", "-e", texts[0], "-e", texts[1]]).arg(dir).stdout(Stdio::piped());
+    let found = start(&mut grep).wait_with_output().expect("it ends").stdout;
+    text(&found).lines().map(str::to_owned).collect()
 }
 
 #[test]
@@ -212,8 +207,8 @@ fn a_secret_reaches_its_hosts_and_is_nowhere_else() {
         }
     }
     let vmm = pyro.vmm(&id).expect("it runs");
-    assert!(remembers(vmm, &placeholder), "the search finds what is there");
-    assert!(!remembers(vmm, VALUE), "the guest's memory holds the value");
+    let found = remembered(vmm, [&placeholder, VALUE]);
+    assert_eq!(found, BTreeSet::from([placeholder.clone()]), "what a guest has in its memory");
 
     // After a stop, the same supervisor has it still, and the guest trusts the authority of the new start.
     pyro.ok(&["task", "stop", &id]);
@@ -244,7 +239,8 @@ fn a_secret_reaches_its_hosts_and_is_nowhere_else() {
     }
     kill(supervisor, "ABRT");
     pyro.until("the task is stopped", |pyro| pyro.status(&id)["state"] == "stopped");
-    assert_eq!(holding(pyro.state(), VALUE.as_bytes()), Vec::<std::path::PathBuf>::new());
+    let found = held_below(pyro.state(), [&placeholder, VALUE]);
+    assert_eq!(found, BTreeSet::from([placeholder]), "the search finds what is there, and nothing else is");
     assert!(!Path::new("/core").exists() && !Path::new(&format!("/core.{supervisor}")).exists());
     pyro.ok(&["task", "delete", &id]);
     pyro.assert_empty();
