@@ -92,11 +92,12 @@ fn nothing_of_a_network_is_left_when_its_owner_or_its_vmm_is_killed() {
         let pid = i32::try_from(owner.id()).expect("a number");
         let name = |pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         let vmm = pyro.processes().into_iter().find(|pid| name(pid).starts_with("qemu"));
-        match vmm {
-            // Its owner hears of it, and ends by itself.
-            Some(vmm) if at % 2 == 1 => kill(vmm, "KILL"),
-            _ => kill(pid, "KILL"),
+        if let Some(vmm) = vmm.filter(|_| at % 2 == 1) {
+            kill(vmm, "KILL");
+            // Its owner ends, or boots another one, for a moment.
+            std::thread::sleep(Duration::from_millis(dice.below(300)));
         }
+        kill(pid, "KILL");
         owner.wait().expect("it ends");
     }
     pyro.until("all of them are gone", |pyro| pyro.processes().is_empty());
