@@ -7,12 +7,13 @@ use pyro_net::Settings;
 use pyro_net::policy::{Policy, Rule};
 use pyro_vmm::{MachineSpec, Snapshot};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 
-use super::bench::{Bench, Guest};
+use super::bench::{Bench, DEADLINE, Guest};
 use super::{confinement, machine};
 use crate::live::{OVERLAY, lay_disk};
 use crate::network::GuestLink;
+use crate::ports::{self, Published};
 use crate::template::save_machine;
 
 /// Sends bytes to the host and back, and tells what is closed.
@@ -30,6 +31,16 @@ for (['198.18.0.1', 22], ['198.18.0.1', $port], ['169.254.169.254', 80], ['10.0.
     print " ", $to && syswrite($to, 'x') && sysread($to, my $byte, 1) ? "open" : "closed";
 }
 print " ", gethostbyname('other.test') ? "resolves" : "unknown", "\n";
+"#;
+/// Listens on the guest's loopback and sends back what it hears; what it is started with waits until it listens.
+const SERVER: &str = r#"
+use strict; use IO::Socket::INET;
+my $listener = IO::Socket::INET->new(Listen => 16, LocalAddr => '127.0.0.1', LocalPort => 7000, ReuseAddr => 1) or die $!;
+exit if fork; close STDOUT; close STDERR;
+while (my $peer = $listener->accept) {
+    while (my $got = sysread $peer, my $bytes, 65536) { my $at = 0; while ($at < $got) { $at += syswrite($peer, $bytes, $got - $at, $at) // last } }
+    close $peer;
+}
 "#;
 const EXPECTED: &str = "same closed closed closed closed closed unknown";
 
@@ -78,6 +89,31 @@ impl Echo {
     }
 }
 
+/// A port of this host leads to a server on the guest's loopback, bytes go both ways at once, and ends are passed on.
+async fn is_reached_by_a_port(guest: &Guest) {
+    guest.text(&format!("cat > /tmp/server.pl <<'END'\n{SERVER}\nEND\nperl /tmp/server.pl")).await;
+    let ports = &guest.running.ports;
+    let wanted: Vec<Published> = ["0:7000", "0:7001"].map(|port| port.parse().expect("a port")).to_vec();
+    ports.serve(ports::bind(&wanted).expect("bound")).expect("served");
+    let [echo, nobody] = ports.list()[..] else { panic!("two ports") };
+    let sent: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_le_bytes).collect();
+    for _ in 0..2 {
+        let mut stream = TcpStream::connect((echo.host_ip, echo.host_port)).await.expect("connected");
+        let (mut reads, mut writes) = stream.split();
+        let mut back = Vec::new();
+        let send = async {
+            writes.write_all(&sent).await?;
+            writes.shutdown().await
+        };
+        let both = async { tokio::try_join!(send, reads.read_to_end(&mut back)) };
+        tokio::time::timeout(DEADLINE, both).await.expect("in time").expect("carried");
+        assert!(back == sent, "{} of {} bytes came back", back.len(), sent.len());
+    }
+    let mut stream = TcpStream::connect((nobody.host_ip, nobody.host_port)).await.expect("connected");
+    let closed = tokio::time::timeout(DEADLINE, stream.read(&mut [0])).await.expect("in time");
+    assert!(!matches!(closed, Ok(1..)), "nobody listens there");
+}
+
 /// Boots or restores a machine with a network of its own.
 async fn machine_on(bench: &Bench, spec: MachineSpec, from: Option<&Snapshot>, echo: &Echo) -> Guest {
     let link = GuestLink::make(&bench.driver).await.expect("a namespace");
@@ -96,6 +132,7 @@ pub(super) async fn reaches_what_is_allowed(bench: &Bench) {
     let spec = bench.spec();
     let booted = machine_on(bench, spec.clone(), None, &echo).await;
     echo.is_reached_by(&booted).await;
+    is_reached_by_a_port(&booted).await;
     confinement::is_there(&booted);
     confinement::holds(&booted, &spec).await;
     booted.running.machine.kill().await;
@@ -110,6 +147,7 @@ pub(super) async fn reaches_what_is_allowed(bench: &Bench) {
         lay_disk(&dir.join(OVERLAY), &spec.dir.join(OVERLAY)).expect("copied");
         let restored = machine_on(bench, spec.clone(), Some(&saved), &echo).await;
         echo.is_reached_by(&restored).await;
+        is_reached_by_a_port(&restored).await;
         confinement::is_there(&restored);
         confinement::holds(&restored, &spec).await;
         machine::is_gone(restored).await;
