@@ -78,6 +78,8 @@ pub(crate) async fn converse(
         .max_concurrent_streams(limits::STREAMS)
         .max_header_list_size(limits::HEADERS)
         .max_send_buf_size(limits::CHUNK * 2)
+        // Against a client that floods a server. Here it is the host, which may give up many calls at once.
+        .max_pending_accept_reset_streams(None)
         .keep_alive_interval(Some(Duration::from_secs(20)))
         .keep_alive_timeout(Duration::from_secs(60))
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(agent));

@@ -76,6 +76,12 @@ fn echoed(port: u16, bytes: &[u8]) -> Vec<u8> {
     })
 }
 
+/// Ends a connection at once, as a client that was killed does.
+fn reset(stream: TcpStream) {
+    rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).expect("set");
+    drop(stream);
+}
+
 /// Whether a connection is ended without an answer.
 fn is_reset(port: u16) -> bool {
     let mut stream = connect(port);
@@ -110,7 +116,14 @@ fn a_server_of_a_guest_without_a_network_is_reached_by_a_port_of_this_host() {
     // Commands are served beside connections that carry nothing.
     let idle: Vec<TcpStream> = (0..64).map(|_| connect(port)).collect();
     assert_eq!(text(&pyro.exec(&id, "echo yes").stdout), "yes\n");
-    drop(idle);
+    // Clients that are killed end neither other connections nor the guest's whole channel.
+    let mut open = connect(port);
+    idle.into_iter().for_each(reset);
+    (0..200).for_each(|_| reset(connect(port)));
+    open.write_all(b"after").expect("written");
+    let mut after = [0; 5];
+    open.read_exact(&mut after).expect("answered");
+    assert_eq!(&after, b"after");
     // A server on the other loopback, too.
     echo(&pyro, &id, "::1", "7001");
     assert_eq!(echoed(host_port(&pyro, &id, 1), b"six"), b"six");
