@@ -454,7 +454,7 @@ fn floods_of_a_guest_cost_little_and_leave_its_network_usable() {
 #[test]
 fn a_name_that_is_not_allowed_is_asked_of_nobody() {
     if !is_root() {
-        println!("skipped: a name server of the test's own needs root");
+        println!("skipped: a_name_that_is_not_allowed_is_asked_of_nobody: only root can serve port 53");
         return;
     }
     // An address of the loopback that no name server of this host has.

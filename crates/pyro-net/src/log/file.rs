@@ -85,7 +85,7 @@ impl Out {
             && let Some(Part { file, begins_at }) =
                 out.path.as_deref().map(before).map_or(Ok(None), |path| Part::open(&path))?
         {
-            // Whoever began this file died before its first line.
+            // The owner that began this file died before its first line.
             out.begin(begins_at + file.metadata()?.len());
         }
         Ok(out)

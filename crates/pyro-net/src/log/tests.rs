@@ -113,7 +113,7 @@ fn the_newest_entries_are_kept_and_a_reader_goes_on_from_file_to_file() {
     let kept = all(&path);
     assert_eq!(last(&kept).as_deref(), Some("h19999.test"));
     assert!(kept.len() > 2000 && kept.first().is_some_and(|first| first.begins_at.is_some()));
-    // Whoever followed it has every entry, in order.
+    // A reader that followed it has every entry, in order.
     let mut followed = followed.into_iter().filter(|entry| entry.kind != Kind::Policy).enumerate();
     assert!(followed.all(|(at, entry)| entry.name == Some(format!("h{at}.test"))));
 }
