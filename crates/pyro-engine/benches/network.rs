@@ -186,7 +186,8 @@ for word; do
     case $word in
     tap,id=net,fd=*)
         socket={shown}/passt.$$
-        {passt} --quiet --one-off --socket $socket --address 198.18.0.2 --netmask 30 --gateway 198.18.0.1             --no-dhcp --no-ra < /dev/null > /dev/null 2>&1
+        {passt} --quiet --one-off --runas 0 --socket $socket --address 198.18.0.2 --netmask 30 --gateway 198.18.0.1 \
+            --no-dhcp --no-ra < /dev/null > /dev/null 2>&1
         word=stream,id=net,server=off,addr.type=unix,addr.path=$socket
         ;;
     esac
