@@ -2,7 +2,7 @@
 //!
 //! Output goes from the process's pipe into the reply stream one chunk at a time; a reader that stalls stops
 //! the process, not the agent. The command's own end is that of its main process: what it left in the
-//! background lives on, and its output is no longer awaited.
+//! background lives on; its output is waited for a moment, and sent after the end where the host wants it.
 
 use std::cell::RefCell;
 use std::ffi::CString;
@@ -29,18 +29,19 @@ use crate::boot::{COMMAND_FILES, DISK, Guest};
 use crate::cgroup::ExecCgroup;
 use crate::launch::{Launch, LaunchError, launch};
 use crate::reaper::Reaper;
+use crate::user::User;
 
-/// How long output of background processes is awaited after the main process has ended and the pipe is empty.
-const LINGER: Duration = Duration::from_millis(100);
-/// What is still read after the main process has ended, in bytes: all that it can have left in the pipe. What
-/// background processes write is not its output, however much and fast they write.
-const LAST_BYTES: usize = 64 << 10;
+/// How long processes that the main process has left behind are waited for, while they may still write. What is in the
+/// pipes at its end is read whole, however long that takes.
+const LINGER: Duration = Duration::from_secs(2);
 /// How long a killed process may take to be gone.
 const KILLED_WITHIN: Duration = Duration::from_secs(5);
 
 /// A disk with less than this is full, in bytes: ext4 keeps a few blocks back.
 const DISK_FULL: u64 = 64 << 10;
 
+/// Makes an event of output.
+type Wrap = fn(Bytes) -> exec_event::Kind;
 type Events = mpsc::Sender<Result<ExecEvent, Status>>;
 
 /// A start request that was found to be sound.
@@ -57,7 +58,7 @@ impl Command {
         if start.argv.is_empty() == start.shell.is_empty() {
             return Err("give either argv or a shell string".to_owned());
         }
-        let words = start.argv.iter().chain([&start.shell, &start.cwd]);
+        let words = start.argv.iter().chain([&start.shell, &start.cwd, &start.user]);
         let vars = start.env.iter().flat_map(|var| [&var.name, &var.value]);
         let mut total = 0;
         for word in words.chain(vars) {
@@ -94,11 +95,18 @@ pub(crate) fn run(
 ) -> mpsc::Receiver<Result<ExecEvent, Status>> {
     let (events, receiver) = mpsc::channel(4);
     drop(tokio::spawn(async move {
-        let last = match Running::start(&guest, &reaper, &command) {
-            Ok(running) => exec_event::Kind::Exited(running.finish(&command, inputs, &events).await),
-            Err(refused) => exec_event::Kind::Refused(refused),
+        let (last, later) = match Running::start(&guest, &reaper, &command) {
+            Ok(running) => {
+                let (exited, later) = running.finish(&command, inputs, &events).await;
+                (exec_event::Kind::Exited(exited), later)
+            }
+            Err(refused) => (exec_event::Kind::Refused(refused), Vec::new()),
         };
         drop(events.send(Ok(ExecEvent { kind: Some(last) })).await);
+        for (from, wrap) in later {
+            let events = command.start.later_output.then(|| events.clone());
+            drop(tokio::spawn(pass_later_output(from, events, wrap)));
+        }
         // That there are no more events must not wait for what follows; nor must whoever sends them.
         drop(events);
         drop(told.await);
@@ -128,7 +136,14 @@ impl Running {
     /// There is no `await` between making the group, the start and the registration with the reaper.
     fn start(guest: &Guest, reaper: &Reaper, command: &Command) -> Result<Self, ExecRefused> {
         let other = |error: io::Error| refused(&error, "the agent could not prepare the command");
-        let words = Words::of(command).map_err(other)?;
+        let user = match &command.start.user[..] {
+            [] => None,
+            user => Some(User::find(&String::from_utf8_lossy(user)).map_err(|error| ExecRefused {
+                reason: exec_refused::Reason::NoSuchUser.into(),
+                message: error.to_string(),
+            })?),
+        };
+        let words = Words::of(command, user.as_ref()).map_err(other)?;
         let stdin = command.start.stdin.then(pipe_pair).transpose().map_err(other)?;
         let (stdin_end, stdin) = stdin.unzip();
         let (stdout, stdout_end) = pipe_pair().map_err(other)?;
@@ -146,6 +161,7 @@ impl Running {
             argv: &words.argv,
             envp: &words.envp,
             cwd: &command.cwd,
+            user: user.as_ref(),
             files: COMMAND_FILES,
             stdio: [
                 stdin_end.as_ref().map_or_else(|| guest.null.as_fd(), OwnedFd::as_fd),
@@ -161,8 +177,13 @@ impl Running {
         Ok(Self { process: Process { pid, cgroup, ended, status: None }, began, stdin, stdout, stderr })
     }
 
-    /// Follows the command to its end.
-    async fn finish(self, command: &Command, inputs: Streaming<ExecInput>, events: &Events) -> ExecExited {
+    /// Follows the command to its end; gives back the streams that others may still write to.
+    async fn finish(
+        self,
+        command: &Command,
+        inputs: Streaming<ExecInput>,
+        events: &Events,
+    ) -> (ExecExited, Vec<(pipe::Receiver, Wrap)>) {
         let mut process = self.process;
         let pid = u32::try_from(process.pid.as_raw_nonzero().get()).unwrap_or(0);
         let started = exec_event::Kind::Started(ExecStarted { pid });
@@ -186,8 +207,13 @@ impl Running {
         };
         // In one task: each further one would cost a short command as much as its output does. A reader that has gone away
         // ends the pumps as well, so neither can wait for ever.
-        let (exited, (), (), ()) = tokio::join!(main, out, err, input);
-        exited
+        let (mut exited, out, err, ()) = tokio::join!(main, out, err, input);
+        let later: Vec<_> = [(out, exec_event::Kind::Stdout as Wrap), (err, exec_event::Kind::Stderr)]
+            .into_iter()
+            .filter_map(|(stream, wrap)| Some((stream?, wrap)))
+            .collect();
+        exited.output_open = !later.is_empty();
+        (exited, later)
     }
 }
 
@@ -223,6 +249,8 @@ impl Process {
             oom_kills: if succeeded { 0 } else { self.cgroup.oom_kills() },
             disk_full: !succeeded && disk_is_full(),
             duration_micros,
+            // Found out when its output has ended, or has not.
+            output_open: false,
         }
     }
 
@@ -248,19 +276,21 @@ struct Words {
 }
 
 impl Words {
-    fn of(Command { start, environment, .. }: &Command) -> io::Result<Self> {
+    fn of(Command { start, environment, .. }: &Command, user: Option<&User>) -> io::Result<Self> {
         let argv: Vec<CString> = if start.argv.is_empty() {
             [b"/bin/sh", &b"-lc"[..], &start.shell].into_iter().map(CString::new).collect::<Result<_, _>>()?
         } else {
             start.argv.iter().map(|word| CString::new(word.to_vec())).collect::<Result<_, _>>()?
         };
-        let mut variables: Vec<(&[u8], &[u8])> = vec![
-            (b"PATH", PATH),
-            (b"HOME", b"/root"),
-            (b"USER", b"root"),
-            (b"LOGNAME", b"root"),
-            (b"LANG", b"C.UTF-8"),
-        ];
+        let (home, name): (&[u8], _) = match user {
+            None => (b"/root", Some(&b"root"[..])),
+            Some(user) => (user.home.to_bytes(), user.name.as_ref().map(|name| name.to_bytes())),
+        };
+        let mut variables: Vec<(&[u8], &[u8])> =
+            vec![(b"PATH", PATH), (b"HOME", home), (b"LANG", b"C.UTF-8")];
+        if let Some(name) = name {
+            variables.extend([(&b"USER"[..], name), (b"LOGNAME", name)]);
+        }
         for variable in environment.iter().chain(&start.env) {
             variables.retain(|(name, _)| *name != &variable.name[..]);
             variables.push((&variable.name, &variable.value));
@@ -310,46 +340,63 @@ fn own_end<T>(end: OwnedFd, wrap: fn(OwnedFd) -> io::Result<T>) -> io::Result<T>
     wrap(end)
 }
 
-/// Moves one stream until its end, or until it is quiet after the main process has ended.
+/// Moves one stream until its end. After the end of the main process, all that is in the pipe then is moved, and what else
+/// comes in a short time; gives the stream back where somebody may write to it even then.
 async fn pump(
     from: pipe::Receiver,
     events: &Events,
     mut end: watch::Receiver<bool>,
-    wrap: fn(Bytes) -> exec_event::Kind,
-) {
-    let mut left = LAST_BYTES;
-    loop {
-        let ended = *end.borrow();
-        let read = if ended {
-            timeout(LINGER, read(&from)).await
-        } else {
-            tokio::select! {
-                read = read(&from) => Ok(read),
-                _ = end.changed() => continue,
-            }
+    wrap: Wrap,
+) -> Option<pipe::Receiver> {
+    let send = async |chunk| events.send(Ok(ExecEvent { kind: Some(wrap(chunk)) })).await.is_ok();
+    while !*end.borrow() {
+        let chunk = tokio::select! {
+            chunk = read(&from) => chunk,
+            _ = end.changed() => break,
         };
-        let mut chunk = match read {
-            Ok(chunk) if chunk.is_empty() => return,
-            Ok(chunk) => chunk,
-            Err(_quiet) => {
-                left = 0;
-                Bytes::new()
-            }
-        };
-        if ended {
-            let length = chunk.len();
-            chunk.truncate(left);
-            left = left.saturating_sub(length);
-            if chunk.is_empty() {
-                // A background process may write on: without a reader, its next line would kill it.
-                drop(tokio::spawn(discard(from)));
-                return;
-            }
-        }
-        if events.send(Ok(ExecEvent { kind: Some(wrap(chunk)) })).await.is_err() {
-            return;
+        if chunk.is_empty() || !send(chunk).await {
+            return None;
         }
     }
+    let mut left = rustix::io::ioctl_fionread(&from).unwrap_or(0);
+    let until = tokio::time::Instant::now() + LINGER;
+    loop {
+        let chunk = match left {
+            0 => match tokio::time::timeout_at(until, read(&from)).await {
+                Ok(chunk) => chunk,
+                Err(_elapsed) => return Some(from),
+            },
+            _ => read(&from).await,
+        };
+        left = left.saturating_sub(chunk.len() as u64);
+        if chunk.is_empty() || !send(chunk).await {
+            return None;
+        }
+        // One that never stops writing does not hold the end up.
+        if left == 0 && tokio::time::Instant::now() >= until {
+            return Some(from);
+        }
+    }
+}
+
+/// Passes on what others write after a command's end, while the host wants it. Without a reader, their next line would kill
+/// them, so what nobody wants is thrown away.
+async fn pass_later_output(from: pipe::Receiver, events: Option<Events>, wrap: Wrap) {
+    if let Some(events) = events {
+        loop {
+            let chunk = tokio::select! {
+                chunk = read(&from) => chunk,
+                () = events.closed() => break,
+            };
+            if chunk.is_empty() {
+                return;
+            }
+            if events.send(Ok(ExecEvent { kind: Some(wrap(chunk)) })).await.is_err() {
+                break;
+            }
+        }
+    }
+    discard(from).await;
 }
 
 /// The next bytes of a stream; none at its end.

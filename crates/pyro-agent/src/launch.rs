@@ -16,6 +16,8 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use crate::user::User;
+
 const STACK_BYTES: usize = 64 << 10;
 const SHELL: &CStr = c"/bin/sh";
 
@@ -32,6 +34,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) argv: &'a [CString],
     pub(crate) envp: &'a [CString],
     pub(crate) cwd: &'a CStr,
+    /// Who runs it; none: root.
+    pub(crate) user: Option<&'a User>,
     pub(crate) files: Rlimit,
     /// What becomes stdin, stdout and stderr.
     pub(crate) stdio: [BorrowedFd<'a>; 3],
@@ -195,6 +199,9 @@ fn become_command(plan: &mut Plan<'_>) -> Result<std::convert::Infallible, Launc
         }
     }
     default_signals();
+    if let Some(user) = launch.user {
+        become_user(user, launch.stdio).map_err(LaunchError::Prepare)?;
+    }
     Err(LaunchError::Execute(execute(plan)))
 }
 
@@ -235,6 +242,28 @@ fn enter(cwd: &CStr) -> Result<(), Errno> {
             rustix::process::chdir(cwd)
         }
         entered => entered,
+    }
+}
+
+/// Gives up root. By bare system calls: those of the C library would change all threads of the agent, whose memory this
+/// process shares.
+fn become_user(user: &User, stdio: [BorrowedFd<'_>; 3]) -> Result<(), Errno> {
+    for fd in stdio {
+        // So that /dev/stdout can be opened by its name; the null device stays root's.
+        let is_pipe = rustix::fs::fstat(fd).is_ok_and(|found| {
+            rustix::fs::FileType::from_raw_mode(found.st_mode) == rustix::fs::FileType::Fifo
+        });
+        if is_pipe {
+            // SAFETY: a call about a descriptor that is open; the numbers are values.
+            _ = unsafe { libc::fchown(fd.as_raw_fd(), user.uid, user.gid) };
+        }
+    }
+    let done = |result: libc::c_long| if result < 0 { Err(last_error()) } else { Ok(()) };
+    // SAFETY: the kernel reads as many groups as there are; the other calls take numbers.
+    unsafe {
+        done(libc::syscall(libc::SYS_setgroups, user.groups.len(), user.groups.as_ptr()))?;
+        done(libc::syscall(libc::SYS_setresgid, user.gid, user.gid, user.gid))?;
+        done(libc::syscall(libc::SYS_setresuid, user.uid, user.uid, user.uid))
     }
 }
 

@@ -20,6 +20,7 @@ mod power;
 mod reaper;
 mod serve;
 mod trust;
+mod user;
 
 use std::io::Write;
 use std::process::ExitCode;

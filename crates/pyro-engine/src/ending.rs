@@ -26,12 +26,14 @@ pub(crate) enum Ending {
     GuestLost,
     /// Its output could not be written on the host.
     HostDiskFull,
+    /// Its input broke off: its sender died, or could not read it.
+    StdinBroken,
 }
 
 impl Ending {
     pub(crate) fn fault(self) -> Fault {
         match self {
-            Self::Cancelled | Self::Stopped(_) | Self::Deleted(_) => Fault::Cancelled,
+            Self::Cancelled | Self::Stopped(_) | Self::Deleted(_) | Self::StdinBroken => Fault::Cancelled,
             Self::TtlExpired => Fault::TtlExpired,
             Self::GuestLost => Fault::GuestLost,
             Self::HostDiskFull => Fault::DiskFull,
@@ -49,6 +51,9 @@ impl fmt::Display for Ending {
             Self::TtlExpired => formatter.write_str("the machine's time is up"),
             Self::GuestLost => formatter.write_str("the guest is gone"),
             Self::HostDiskFull => formatter.write_str("the disk of the host is full"),
+            Self::StdinBroken => {
+                formatter.write_str("stdin_broken: its caller was gone before the end of its input")
+            }
         }
     }
 }

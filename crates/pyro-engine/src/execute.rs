@@ -1,5 +1,6 @@
 //! One command from its sending to its end: its output taken as it comes, its end judged.
 
+use std::path::Path;
 use std::time::Duration;
 
 use pyro_vmm::Machine;
@@ -17,6 +18,7 @@ use crate::observe::Observer;
 use crate::place::Place;
 use crate::record::{ExecResult, Fault, Timings};
 use crate::spec::ExecSpec;
+use crate::spill::Spill;
 
 /// How much longer than a command's own time the host waits for the guest to tell its end.
 const GUEST_MARGIN: Duration = Duration::from_secs(10);
@@ -93,22 +95,47 @@ impl Cancel {
 }
 
 /// An exit code as a shell would give it, what is to blame, and words for the end of stderr.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Outcome {
     pub(crate) exit_code: i32,
     pub(crate) fault: Option<Fault>,
     pub(crate) words: Option<String>,
+    /// Processes that it has left behind may write more.
+    pub(crate) output_open: bool,
+}
+
+/// What a command's processes write after its end. Dropping it lets them write on, unheard.
+pub(crate) struct LaterOutput(Box<Exec>);
+
+impl LaterOutput {
+    /// The next piece; none when nobody can write any more, or the guest is gone.
+    pub(crate) async fn next(&mut self) -> Option<Chunk> {
+        loop {
+            match self.0.next().await {
+                Ok(Event::Output(chunk)) => return Some(chunk),
+                Ok(Event::StdinBroken) => {}
+                Ok(Event::Exited(_) | Event::Refused(_)) | Err(_) => return None,
+            }
+        }
+    }
 }
 
 impl Process {
     /// Sends a command to the guest, once.
-    async fn send(running: &Running, mut spec: ExecSpec, limit: Limit) -> Result<Self, Error> {
+    async fn send(
+        running: &Running,
+        mut spec: ExecSpec,
+        limit: Limit,
+        later_output: bool,
+    ) -> Result<Self, Error> {
         // Nothing was sent yet, so a guest that is gone now has run nothing.
         if let Ok(exit) = tokio::time::timeout(Duration::ZERO, running.machine.wait()).await {
             return Err(command_unavailable(&exit.status));
         }
         spec.timeout_seconds = limit.seconds();
-        let sent = tokio::time::timeout(limit.duration() + GUEST_MARGIN, running.guest.exec(spec)).await;
+        let sent =
+            tokio::time::timeout(limit.duration() + GUEST_MARGIN, running.guest.exec(spec, later_output))
+                .await;
         match sent {
             Ok(Ok(exec)) => Ok(Self::Guest(Box::new(exec))),
             Ok(Err(status)) if was_refused(&status) => {
@@ -143,7 +170,8 @@ impl Process {
     }
 }
 
-/// Runs a command until its end, its time limit, its cancellation, or the guest's end.
+/// Runs a command until its end, its time limit, its cancellation, or the guest's end. Gives what it writes later, too, where
+/// that is wanted and its processes may write more.
 ///
 /// # Errors
 /// When the guest does not take it, the sink refuses, or the connection to a guest that lives broke; the command is
@@ -154,24 +182,42 @@ pub(crate) async fn carry_out(
     limit: Limit,
     sink: &mut impl Sink,
     mut cancel: Cancel,
-) -> Result<Outcome, Error> {
+    later_output: bool,
+) -> Result<(Outcome, Option<LaterOutput>), Error> {
     let (mut process, machine) = match place {
         Place::Guest(running) => {
             let sent = tokio::select! {
                 biased;
                 // A guest that does not answer holds neither a cancellation nor the end of its task up.
-                ending = cancel.asked() => return Ok(ended_by(ending, 137)),
-                sent = Process::send(running, exec, limit) => sent?,
+                ending = cancel.asked() => return Ok((ended_by(ending, 137), None)),
+                sent = Process::send(running, exec, limit, later_output) => sent?,
             };
             (sent, Some(&running.machine))
         }
         Place::Host(host) => {
-            (Process::Host(HostExec::start(host.workspace.clone(), exec.command, limit.duration())), None)
+            if let Some(user) = &exec.user {
+                let text = format!("a command on the host runs as its own user, not as '{user}'");
+                return Err(Error::new(ErrorKind::CommandRefused, text));
+            }
+            (
+                Process::Host(HostExec::start(
+                    host.workspace.clone(),
+                    exec.command,
+                    exec.env,
+                    limit.duration(),
+                )),
+                None,
+            )
         }
         // Its callers have looked; an absent machine never means the host.
         Place::None => return Err(command_unavailable("the machine is gone")),
     };
-    conduct(&mut process, machine, (limit, GUEST_MARGIN), sink, cancel).await
+    let outcome = conduct(&mut process, machine, (limit, GUEST_MARGIN), sink, cancel).await?;
+    let later = match process {
+        Process::Guest(exec) if later_output && outcome.output_open => Some(LaterOutput(exec)),
+        _ => None,
+    };
+    Ok((outcome, later))
 }
 
 /// Takes a command's output until its end.
@@ -227,6 +273,11 @@ async fn conduct(
                 });
             }
             Ok(Event::Refused(refused)) => return Ok(refused_outcome(&refused)),
+            Ok(Event::StdinBroken) if cancelled.is_none() => {
+                cancelled = Some((Ending::StdinBroken, Instant::now() + CANCEL_GRACE));
+                process.signal(Signal::TERM);
+            }
+            Ok(Event::StdinBroken) => {}
             Err(status) => {
                 // A guest that has ended took the command with it; a broken channel to a living one says nothing.
                 let Some(machine) = machine else { return Err(unknown(&status)) };
@@ -250,7 +301,7 @@ fn exited_outcome(exited: &pyro_proto::ExecExited, limit: Limit) -> Outcome {
         () if exited.disk_full => Some(Fault::DiskFull),
         () => None,
     };
-    Outcome { exit_code, fault, words: None }
+    Outcome { exit_code, fault, words: None, output_open: exited.output_open }
 }
 
 fn exit_code(exited: &pyro_proto::ExecExited) -> i32 {
@@ -268,7 +319,7 @@ fn timed_out(limit: Limit) -> Outcome {
         return ended_by(Ending::TtlExpired, 124);
     }
     let words = Some(format!("command timed out after {}s\n", limit.asked));
-    Outcome { exit_code: 124, fault: Some(Fault::Timeout), words }
+    Outcome { exit_code: 124, fault: Some(Fault::Timeout), words, output_open: false }
 }
 
 fn refused_outcome(refused: &pyro_proto::ExecRefused) -> Outcome {
@@ -276,15 +327,20 @@ fn refused_outcome(refused: &pyro_proto::ExecRefused) -> Outcome {
 
     let exit_code = match refused.reason() {
         Reason::NotFound => 127,
-        Reason::NotExecutable | Reason::NoSuchDirectory | Reason::NoResources | Reason::Other => 126,
+        Reason::NotExecutable
+        | Reason::NoSuchDirectory
+        | Reason::NoSuchUser
+        | Reason::NoResources
+        | Reason::Other => 126,
     };
-    Outcome { exit_code, fault: None, words: Some(format!("{}\n", safe(&refused.message))) }
+    let words = Some(format!("{}\n", safe(&refused.message)));
+    Outcome { exit_code, words, ..Outcome::default() }
 }
 
 /// The end of a command that something else has ended.
 pub(crate) fn ended_by(ending: Ending, exit_code: i32) -> Outcome {
     let words = format!("command ended: {ending}\n");
-    Outcome { exit_code, fault: Some(ending.fault()), words: Some(words) }
+    Outcome { exit_code, fault: Some(ending.fault()), words: Some(words), output_open: false }
 }
 
 /// What the agent or the protocol refused before anything ran.
@@ -323,6 +379,8 @@ pub(crate) struct Output<'a> {
     pub(crate) stdout: Capture,
     pub(crate) stderr: Capture,
     observer: &'a Observer,
+    /// For a reader that must not hold the command up.
+    spill: Option<Spill>,
     held_up: Duration,
 }
 
@@ -340,7 +398,21 @@ pub(crate) struct Subject {
 
 impl<'a> Output<'a> {
     pub(crate) fn new(observer: &'a Observer) -> Self {
-        Self { stdout: Capture::default(), stderr: Capture::default(), observer, held_up: Duration::ZERO }
+        let (stdout, stderr) = (Capture::default(), Capture::default());
+        Self { stdout, stderr, observer, spill: None, held_up: Duration::ZERO }
+    }
+
+    /// As [`Output::new`], for a command that nothing else records: what its reader has not taken waits in `dir`.
+    pub(crate) fn spilling(observer: &'a Observer, dir: &Path) -> Self {
+        let spill = observer.output.as_ref().map(|reader| Spill::new(dir.to_owned(), reader.clone()));
+        Self { spill, ..Self::new(observer) }
+    }
+
+    /// Waits until the reader has taken what waits for it, or is gone.
+    pub(crate) async fn drain(&self) {
+        if let Some(spill) = &self.spill {
+            spill.drain().await;
+        }
     }
 
     /// How much of each stream has come.
@@ -352,7 +424,7 @@ impl<'a> Output<'a> {
     pub(crate) async fn result(
         mut self,
         subject: Subject,
-        command: String,
+        (command, argv): (String, Option<Vec<String>>),
         outcome: Outcome,
         duration_ms: f64,
     ) -> ExecResult {
@@ -369,6 +441,7 @@ impl<'a> Output<'a> {
             environment: subject.environment,
             environment_version: subject.environment_version,
             command,
+            argv,
             stdout: self.stdout.text(),
             stderr: self.stderr.text(),
             exit_code: outcome.exit_code,
@@ -382,6 +455,7 @@ impl<'a> Output<'a> {
             isolation: subject.isolation,
             start_mode: subject.start_mode,
             fault: outcome.fault,
+            output_open: outcome.output_open,
             timings: Timings { execute: duration_ms, ..Timings::default() },
             cleanup: None,
             notes: Vec::new(),
@@ -396,11 +470,17 @@ impl Sink for Output<'_> {
             Stream::Stderr => self.stderr.push(&chunk.bytes),
         }
         let Some(output) = &self.observer.output else { return Ok(()) };
-        let gone = |_closed| Error::new(ErrorKind::Cancelled, "the reader of the output went away");
         let began = Instant::now();
-        let sent = output.send(chunk).await;
+        let sent = match &mut self.spill {
+            Some(spill) => spill.pass(chunk).await.is_ok(),
+            None => output.send(chunk).await.is_ok(),
+        };
         self.held_up += began.elapsed();
-        sent.map_err(gone)
+        if sent {
+            Ok(())
+        } else {
+            Err(Error::new(ErrorKind::Cancelled, "the reader of the output went away"))
+        }
     }
 
     fn held_up(&self) -> Duration {

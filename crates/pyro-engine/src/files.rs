@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 use std::path::Path;
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, Mode, OFlags, RenameFlags, open, renameat_with};
 use rustix::io::Errno;
 
 /// Writes `bytes` to `path`, which at any moment holds its old contents or its new ones, whole. The bytes are on
@@ -26,6 +26,21 @@ pub(crate) fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
         drop(fs_err::remove_file(&beside));
     }
     written
+}
+
+/// A file that no other process finds, and that ends with its last descriptor.
+pub(crate) fn unnamed(dir: &Path) -> io::Result<std::fs::File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    match open(dir, flags, Mode::RUSR | Mode::WUSR) {
+        // Not every file system has such files.
+        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => {
+            let path = dir.join(format!(".unnamed.{}", random_hex(4)?));
+            let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path)?;
+            fs_err::remove_file(&path)?;
+            Ok(file)
+        }
+        opened => Ok(opened?.into()),
+    }
 }
 
 /// Renames a file, unless something has the new name already.

@@ -15,11 +15,11 @@ use pyro_proto::resync::{self, Step};
 use pyro_proto::{
     DialEvent, DialInput, ENVIRONMENT_AND_DIAL, EnvVar, ExecExited, ExecInput, ExecRefused, ExecStart,
     GENERATION, HelloRequest, IdentifyRequest, PowerOffRequest, RestRequest, SetClockRequest, SignalRequest,
-    StdinEnd, dial_event, dial_input, exec_event, exec_input, limits,
+    StdinEnd, USER_AND_LATER_OUTPUT, dial_event, dial_input, exec_event, exec_input, limits,
 };
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Status, Streaming};
@@ -34,6 +34,8 @@ const KILL_AFTER: Duration = Duration::from_secs(2);
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(60);
 
+const NO_USERS: &str = "the environment was built by an older pyro, whose guests run commands as root only; build it anew: \
+                        pyro env prune, then pyro env pull";
 const OLD_AGENT: &str = "the environment was built by an older pyro, whose guests cannot be given secrets or be dialled; \
                          build it anew: pyro env prune, then pyro env pull";
 
@@ -90,6 +92,8 @@ pub(crate) struct Exec {
     client: AgentClient<Channel>,
     /// The command's process in the guest, once it has started.
     pid: Option<u32>,
+    /// Resolves when its input breaks off.
+    broken: Option<oneshot::Receiver<io::Error>>,
     _feeder: AbortOnDrop,
 }
 
@@ -117,6 +121,8 @@ pub(crate) struct Identity {
 /// What a command did next.
 pub(crate) enum Event {
     Output(Chunk),
+    /// Its input broke off; it has not been told of an end.
+    StdinBroken,
     Exited(ExecExited),
     Refused(ExecRefused),
 }
@@ -156,10 +162,7 @@ impl Guest {
     async fn identify(&mut self, identity: &Identity) -> io::Result<()> {
         let mut entropy = vec![0; 64];
         getrandom::fill(&mut entropy).map_err(io::Error::other)?;
-        let environment = identity.environment.iter().map(|(name, value)| EnvVar {
-            name: name.clone().into_bytes().into(),
-            value: value.clone().into_bytes().into(),
-        });
+        let environment = identity.environment.iter().cloned().map(variable);
         let identity = IdentifyRequest {
             entropy: entropy.into(),
             realtime_nanos: realtime_nanos(),
@@ -192,8 +195,11 @@ impl Guest {
         self.client.clone().set_clock(request).await.map(drop)
     }
 
-    /// Sends a command, once.
-    pub(crate) async fn exec(&self, spec: ExecSpec) -> Result<Exec, Status> {
+    /// Sends a command, once. Where `later_output` is wanted, events go on after an end that tells of more to come.
+    pub(crate) async fn exec(&self, spec: ExecSpec, later_output: bool) -> Result<Exec, Status> {
+        if spec.user.is_some() && self.generation < USER_AND_LATER_OUTPUT {
+            return Err(Status::failed_precondition(NO_USERS));
+        }
         let (argv, shell) = match spec.command {
             Command::Argv(words) => (words.into_iter().map(Into::into).collect(), Default::default()),
             Command::Shell(text) => (Vec::new(), text.into()),
@@ -202,7 +208,9 @@ impl Guest {
         let start = ExecStart {
             argv,
             shell,
-            env: Vec::<EnvVar>::new(),
+            env: spec.env.into_iter().map(variable).collect(),
+            user: spec.user.unwrap_or_default().into(),
+            later_output,
             cwd: spec.cwd.into(),
             stdin: spec.stdin.is_some(),
             timeout_millis: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX).max(1),
@@ -211,9 +219,12 @@ impl Guest {
         let (inputs, receiver) = mpsc::channel(4);
         let start = ExecInput { kind: Some(exec_input::Kind::Start(start)) };
         drop(inputs.send(start).await);
-        let feeder = AbortOnDrop(tokio::spawn(feed(spec.stdin, inputs)));
+        let (tell_broken, broken) = oneshot::channel();
+        let broken = spec.stdin.is_some().then_some(broken);
+        let feeder = AbortOnDrop(tokio::spawn(feed(spec.stdin, inputs, tell_broken)));
         let reply = self.client.clone().exec(ReceiverStream::new(receiver)).await?;
-        Ok(Exec { events: reply.into_inner(), client: self.client.clone(), pid: None, _feeder: feeder })
+        let events = reply.into_inner();
+        Ok(Exec { events, client: self.client.clone(), pid: None, broken, _feeder: feeder })
     }
 
     /// Connects to a port of the guest's own loopback.
@@ -266,7 +277,23 @@ impl Exec {
     /// The next thing that happens; an error when the connection broke.
     pub(crate) async fn next(&mut self) -> Result<Event, Status> {
         loop {
-            let event = self.events.message().await?;
+            let broken = async {
+                match &mut self.broken {
+                    Some(broken) => broken.await.is_ok(),
+                    None => std::future::pending().await,
+                }
+            };
+            let event = tokio::select! {
+                biased;
+                is_broken = broken => {
+                    self.broken = None;
+                    if is_broken {
+                        return Ok(Event::StdinBroken);
+                    }
+                    continue;
+                }
+                event = self.events.message() => event?,
+            };
             let event = event.ok_or_else(|| Status::unavailable("the guest ended the call early"))?;
             let chunk = |stream, bytes: Vec<u8>| Ok(Event::Output(Chunk { stream, bytes }));
             match event.kind {
@@ -279,6 +306,10 @@ impl Exec {
             }
         }
     }
+}
+
+fn variable((name, value): (String, String)) -> EnvVar {
+    EnvVar { name: name.into_bytes().into(), value: value.into_bytes().into() }
 }
 
 fn realtime_nanos() -> u64 {
@@ -337,18 +368,32 @@ async fn resynchronize(stream: &mut BufReader<UnixStream>, until_answered: bool)
     }
 }
 
-/// Gives the caller's input to the command as fast as the command takes it.
-async fn feed(stdin: Option<Box<dyn AsyncRead + Send + Unpin>>, inputs: mpsc::Sender<ExecInput>) {
+/// Gives the caller's input to the command as fast as the command takes it. Input that breaks off has no end: half of it must
+/// not look like the whole.
+async fn feed(
+    stdin: Option<Box<dyn AsyncRead + Send + Unpin>>,
+    inputs: mpsc::Sender<ExecInput>,
+    broken: oneshot::Sender<io::Error>,
+) {
     if let Some(mut stdin) = stdin {
         let mut buffer = vec![0; limits::CHUNK];
-        while let Ok(length @ 1..) = stdin.read(&mut buffer).await {
-            let bytes = buffer[..length].to_vec().into();
-            if inputs.send(ExecInput { kind: Some(exec_input::Kind::Stdin(bytes)) }).await.is_err() {
+        loop {
+            let kind = match stdin.read(&mut buffer).await {
+                Ok(0) => exec_input::Kind::StdinEnd(StdinEnd {}),
+                Ok(length) => exec_input::Kind::Stdin(buffer[..length].to_vec().into()),
+                Err(error) => {
+                    drop(broken.send(error));
+                    break;
+                }
+            };
+            let is_end = matches!(kind, exec_input::Kind::StdinEnd(_));
+            if inputs.send(ExecInput { kind: Some(kind) }).await.is_err() {
                 return;
             }
+            if is_end {
+                break;
+            }
         }
-        let end = exec_input::Kind::StdinEnd(StdinEnd {});
-        drop(inputs.send(ExecInput { kind: Some(end) }).await);
     }
     // The call's request side stays open, so that its end never looks like the caller's going away.
     inputs.closed().await;

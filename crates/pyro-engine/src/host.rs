@@ -41,11 +41,16 @@ pub(crate) struct HostExec {
 
 impl HostExec {
     /// Starts a command in `workspace`.
-    pub(crate) fn start(workspace: PathBuf, command: Command, limit: Duration) -> Self {
+    pub(crate) fn start(
+        workspace: PathBuf,
+        command: Command,
+        env: Vec<(String, String)>,
+        limit: Duration,
+    ) -> Self {
         let (output, chunks) = mpsc::channel(QUEUE);
         let (signals, to_send) = mpsc::channel(QUEUE);
         let end = tokio::spawn(async move {
-            run(&workspace, &command, limit, output, to_send).await.unwrap_or_else(|error| {
+            run(&workspace, (&command, &env), limit, output, to_send).await.unwrap_or_else(|error| {
                 let reason = match error.kind() {
                     io::ErrorKind::NotFound => Reason::NotFound,
                     _ => Reason::NotExecutable,
@@ -78,14 +83,14 @@ impl HostExec {
 /// Runs a command and sends its output on; a receiver that goes away ends it.
 async fn run(
     workspace: &Path,
-    command: &Command,
+    (command, env): (&Command, &[(String, String)]),
     limit: Duration,
     output: mpsc::Sender<Chunk>,
     mut signals: mpsc::Receiver<Signal>,
 ) -> io::Result<Event> {
     let program = command.program();
     let named = |error: io::Error| io::Error::new(error.kind(), format!("{program}: {error}"));
-    let mut spawn = describe(workspace, command)?;
+    let mut spawn = describe(workspace, command, env)?;
     let (out, out_end) = io::pipe()?;
     let (err, err_end) = io::pipe()?;
     spawn.stdout(Stdio::from(out_end)).stderr(Stdio::from(err_end)).own_process_group();
@@ -175,7 +180,7 @@ impl Drop for Group {
 }
 
 /// The command, looked up first: behind another program its absence would look like that program's failure.
-fn describe(workspace: &Path, command: &Command) -> io::Result<Spawn> {
+fn describe(workspace: &Path, command: &Command, env: &[(String, String)]) -> io::Result<Spawn> {
     use std::ffi::OsStr;
     use std::os::unix::ffi::OsStrExt;
 
@@ -195,6 +200,9 @@ fn describe(workspace: &Path, command: &Command) -> io::Result<Spawn> {
         None => Spawn::new(program, workspace),
     };
     spawn.args(words).env("PATH", PATH).env("HOME", workspace);
+    for (name, value) in env {
+        spawn.env(name, value);
+    }
     Ok(spawn)
 }
 
@@ -281,7 +289,7 @@ mod tests {
 
     async fn collect(command: Command, limit: Duration) -> (Event, String) {
         let workspace = tempfile::tempdir().expect("a directory");
-        let mut exec = HostExec::start(workspace.path().to_owned(), command, limit);
+        let mut exec = HostExec::start(workspace.path().to_owned(), command, Vec::new(), limit);
         let mut all = Vec::new();
         loop {
             match exec.next().await {

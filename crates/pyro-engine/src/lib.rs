@@ -44,6 +44,7 @@ mod registry;
 mod room;
 mod spare;
 mod spec;
+mod spill;
 mod supervisor;
 mod task;
 mod template;

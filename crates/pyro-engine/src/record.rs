@@ -175,6 +175,8 @@ pub struct ExecResult {
     pub environment: String,
     pub environment_version: String,
     pub command: String,
+    /// The words that were run as they are; none for a shell string.
+    pub argv: Option<Vec<String>>,
     pub stdout: String,
     pub stderr: String,
     pub exit_code: i32,
@@ -188,6 +190,8 @@ pub struct ExecResult {
     pub isolation: String,
     pub start_mode: String,
     pub fault: Option<Fault>,
+    /// Processes that the command has left behind may write more, which the result does not hold.
+    pub output_open: bool,
     pub timings: Timings,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cleanup: Option<Cleanup>,

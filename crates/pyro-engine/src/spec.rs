@@ -12,6 +12,9 @@ use crate::budget::Promise;
 use crate::error::{Error, ErrorKind};
 use crate::ports::Published;
 
+/// The longest name of a user and a group together, in bytes.
+const MOST_USER: usize = 128;
+
 /// A machine that is asked for.
 #[derive(Clone, Debug)]
 pub struct VmSpec {
@@ -120,13 +123,25 @@ impl Command {
         }
     }
 
-    /// The command as records show it.
+    /// The command as records show it: words quoted as a shell would need them.
     pub fn display(&self) -> String {
         match self {
             Self::Argv(words) => {
-                words.iter().map(|word| String::from_utf8_lossy(word)).collect::<Vec<_>>().join(" ")
+                // A word with a zero byte cannot be quoted; such a command is refused before it has a record.
+                let quoted = shlex::bytes::try_join(words.iter().map(Vec::as_slice)).unwrap_or_default();
+                String::from_utf8_lossy(&quoted).into_owned()
             }
             Self::Shell(text) => text.clone(),
+        }
+    }
+
+    /// The words that are run as they are, as records show them; none for a shell string.
+    pub fn words(&self) -> Option<Vec<String>> {
+        match self {
+            Self::Argv(words) => {
+                Some(words.iter().map(|word| String::from_utf8_lossy(word).into_owned()).collect())
+            }
+            Self::Shell(_) => None,
         }
     }
 }
@@ -141,12 +156,23 @@ pub struct ExecSpec {
     pub stdin: Option<Box<dyn AsyncRead + Send + Unpin>>,
     /// Where it starts, absolute.
     pub cwd: String,
+    /// Variables that it has besides those that every command has.
+    pub env: Vec<(String, String)>,
+    /// Who runs it, by name or number, as the guest knows them: `USER` or `USER:GROUP`; none: root.
+    pub user: Option<String>,
 }
 
 impl ExecSpec {
     /// A command with the default time limit and no input.
     pub fn new(command: Command) -> Self {
-        Self { command, timeout_seconds: 30.0, stdin: None, cwd: "/workspace".to_owned() }
+        Self {
+            command,
+            timeout_seconds: 30.0,
+            stdin: None,
+            cwd: "/workspace".to_owned(),
+            env: Vec::new(),
+            user: None,
+        }
     }
 
     pub(crate) fn check(&self) -> Result<(), Error> {
@@ -167,12 +193,38 @@ impl ExecSpec {
         if words.iter().any(|word| word.contains(&0)) || self.cwd.contains('\0') {
             return invalid("command must not hold a zero byte");
         }
+        if let Some((name, _)) =
+            self.env.iter().find(|(name, _)| name.is_empty() || name.contains(['=', '\0']))
+        {
+            let text = format!("env: '{}' is no name of a variable", name.escape_debug());
+            return Err(Error::new(ErrorKind::InvalidValue, text).hint("write NAME=VALUE"));
+        }
+        if let Some((name, _)) = self.env.iter().find(|(_, value)| value.contains('\0')) {
+            return invalid(&format!("env: the value of {name} holds a zero byte"));
+        }
+        if let Some(user) = &self.user
+            && (user.is_empty() || user.len() > MOST_USER || user.contains(['\0', '\n']))
+        {
+            let text = format!(
+                "invalid user '{}'",
+                user.chars().take(64).flat_map(char::escape_debug).collect::<String>()
+            );
+            return Err(Error::new(ErrorKind::InvalidValue, text)
+                .hint("give a name or a number that the guest knows, such as nobody or 1000:1000"));
+        }
         // The limits of Linux, within which the guest can start it at all.
         if words.iter().any(|word| word.len() >= limits::ARGUMENT) {
             return invalid("an argument of command must be shorter than 131072 bytes; give more on stdin");
         }
-        if words.iter().map(|word| word.len() + 1).sum::<usize>() + self.cwd.len() > limits::ARGUMENTS {
-            return invalid("command must be shorter than 1048576 bytes; give more on stdin");
+        let variable = |(name, value): &(String, String)| name.len() + value.len() + 2;
+        if self.env.iter().any(|one| variable(one) > limits::ARGUMENT) {
+            return invalid("env: a variable must be shorter than 131072 bytes; put more into a file");
+        }
+        let total = words.iter().map(|word| word.len() + 1).sum::<usize>()
+            + self.env.iter().map(variable).sum::<usize>()
+            + self.cwd.len();
+        if total > limits::ARGUMENTS {
+            return invalid("command and env must be shorter than 1048576 bytes; give more on stdin");
         }
         Ok(())
     }
@@ -186,6 +238,9 @@ impl std::fmt::Debug for ExecSpec {
             .field("timeout_seconds", &self.timeout_seconds)
             .field("stdin", &self.stdin.is_some())
             .field("cwd", &self.cwd)
+            // Values may be secret.
+            .field("env", &self.env.iter().map(|(name, _)| name).collect::<Vec<_>>())
+            .field("user", &self.user)
             .finish()
     }
 }
@@ -205,6 +260,17 @@ mod tests {
     }
 
     #[test]
+    fn words_are_shown_as_a_shell_would_need_them() {
+        let shown = |words: &[&str]| Command::argv(words).display();
+        assert_eq!(shown(&["git", "--version"]), "git --version");
+        assert_ne!(shown(&["rm", "-rf", "a b"]), shown(&["rm", "-rf", "a", "b"]));
+        for words in [&["printf", "a b", "", "$HOME", "it's", "\n"][..], &["sh", "-c", "echo 'x' > y; z"]] {
+            assert_eq!(shlex::split(&shown(words)).expect("words"), words);
+        }
+        assert_eq!(Command::Argv(vec![b"caf\xe9".to_vec()]).words().expect("words"), ["caf\u{fffd}"]);
+    }
+
+    #[test]
     fn a_time_limit_must_be_positive_and_a_command_not_empty() {
         let mut spec = ExecSpec::new(Command::argv(["true"]));
         for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
@@ -220,6 +286,17 @@ mod tests {
         refused(Command::argv(["echo", "a\0b"]));
         refused(Command::argv(["echo", &"x".repeat(200_000)]));
         refused(Command::Argv(vec![vec![b'x'; 100_000]; 11]));
+        for (name, value) in [("", "x"), ("A=B", "x"), ("A\0", "x"), ("A", "\0"), ("A", &"x".repeat(200_000))]
+        {
+            let mut spec = ExecSpec::new(Command::argv(["true"]));
+            spec.env = vec![(name.to_owned(), value.to_owned())];
+            assert!(spec.check().expect_err("refused").to_string().starts_with("env: "), "{name:?}");
+        }
+        for user in ["", "a\nb", "a\0", &"x".repeat(200)] {
+            let mut spec = ExecSpec::new(Command::argv(["true"]));
+            spec.user = Some(user.to_owned());
+            assert!(spec.check().expect_err("refused").to_string().starts_with("invalid user '"), "{user:?}");
+        }
         spec.timeout_seconds = 1.0;
         spec.cwd = "workspace".to_owned();
         assert_eq!(spec.check().expect_err("refused").to_string(), "cwd must be an absolute path");

@@ -328,7 +328,7 @@ async fn warm_up(guest: &Guest) {
     for words in WARM_UP.iter().chain(WARM_UP) {
         let mut command = ExecSpec::new(Command::argv(*words));
         command.timeout_seconds = WARM_UP_SECONDS;
-        let Ok(mut exec) = guest.exec(command).await else { continue };
+        let Ok(mut exec) = guest.exec(command, false).await else { continue };
         while let Ok(Event::Output(_)) = exec.next().await {}
     }
 }

@@ -382,13 +382,14 @@ pub(crate) async fn execute(
 ) -> Result<ExecResult, Error> {
     let began = Instant::now();
     let limit = Limit { asked: exec.timeout_seconds, left: record.seconds_left() };
-    let command = exec.command.display();
+    let command = (exec.command.display(), exec.command.words());
     let manner = place.manner().ok_or_else(|| not_started(&record.vm_id))?;
-    let mut output = Output::new(observer);
+    let mut output = Output::spilling(observer, dir);
+    let mut cut = cancel.clone();
     let network = place.network();
     let mark = network.map_or(0, Network::mark);
     let outcome = tokio::select! {
-        outcome = carry_out(place, exec, limit, &mut output, cancel) => outcome?,
+        outcome = carry_out(place, exec, limit, &mut output, cancel, false) => outcome?.0,
         // What is given up here ends with its machine.
         () = room::until_low(dir, || true) => ended_by(Ending::HostDiskFull, 137),
     };
@@ -401,7 +402,13 @@ pub(crate) async fn execute(
         isolation: manner.isolation.to_owned(),
         start_mode: manner.start_mode.to_owned(),
     };
-    let mut result = output.result(subject, command, outcome, millis(began.elapsed())).await;
+    let duration_ms = millis(began.elapsed());
+    // The command has ended; its reader may need longer, but not longer than the machine is there.
+    tokio::select! {
+        () = output.drain() => {}
+        _ = cut.asked() => {}
+    }
+    let mut result = output.result(subject, command, outcome, duration_ms).await;
     result.notes = network::notes(network, mark);
     Ok(result)
 }

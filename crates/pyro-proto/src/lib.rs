@@ -25,7 +25,10 @@ mod generated {
 pub use generated::*;
 
 /// The newest generation of the protocol that this code speaks.
-pub const GENERATION: u32 = 2;
+pub const GENERATION: u32 = 3;
 
 /// The generation from which on a guest can be given variables and a certificate, and its ports can be dialled.
 pub const ENVIRONMENT_AND_DIAL: u32 = 2;
+
+/// The generation from which on a command has a user, and tells of output that comes after its end.
+pub const USER_AND_LATER_OUTPUT: u32 = 3;

@@ -17,11 +17,14 @@ pub const CONNECTION_WINDOW: u32 = STREAMS * STREAM_WINDOW;
 /// Header list of one call, in bytes.
 pub const HEADERS: u32 = 16 << 10;
 
-/// Calls on one connection at the same time.
-pub const STREAMS: u32 = 128;
+/// Calls on one connection at the same time: [`DIALS`], [`LATER_OUTPUTS`], a hundred commands, and what is asked about them.
+pub const STREAMS: u32 = 256;
 
-/// Dialled ports at the same time: commands have the rest of [`STREAMS`].
+/// Dialled ports at the same time.
 pub const DIALS: usize = 64;
+
+/// Commands that have ended and whose later output is still listened to, at the same time.
+pub const LATER_OUTPUTS: usize = 32;
 
 /// All arguments and variables of one command together, in bytes: below what Linux takes in one exec.
 pub const ARGUMENTS: usize = 1 << 20;

@@ -71,6 +71,14 @@ fn what_generation_2_has_added() {
 }
 
 #[test]
+fn what_generation_3_has_added() {
+    let start = ExecStart { user: "a:b".into(), later_output: true, ..ExecStart::default() };
+    assert_eq!(hex(&start.encode_to_vec()), "4203613a624801");
+    let exited = ExecExited { output_open: true, ..ExecExited::default() };
+    assert_eq!(hex(&exited.encode_to_vec()), "3801");
+}
+
+#[test]
 fn a_length_beyond_the_bytes_is_an_error_not_an_allocation() {
     // Field 1, length-delimited, 2^60 bytes long.
     let mut bytes = vec![0x0a];

@@ -159,8 +159,8 @@ impl Guest {
         let limit = Limit { asked: spec.timeout_seconds, left: 3600.0 };
         let mut done = Collected::default();
         let place = Place::Guest(Arc::clone(&self.running));
-        let outcome = carry_out(&place, spec, limit, &mut done, Cancel::default()).await;
-        let outcome =
+        let outcome = carry_out(&place, spec, limit, &mut done, Cancel::default(), false).await;
+        let (outcome, _) =
             outcome.unwrap_or_else(|error| panic!("{error}: {}", self.running.machine.console_tail()));
         Done { stdout: done.stdout, stderr: done.stderr, outcome }
     }

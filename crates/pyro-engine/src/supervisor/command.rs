@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pyro_net::Network;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -16,6 +16,7 @@ use super::commands::{Handle, Progress};
 use crate::ending::Ending;
 use crate::error::{Error, ErrorKind};
 use crate::execute::{Cancel, Limit, Outcome, Sink, carry_out, ended_by, millis};
+use crate::files;
 use crate::guest::{Chunk, Stream};
 use crate::network;
 use crate::place::Place;
@@ -26,6 +27,8 @@ use crate::task::not_started;
 use crate::task::supervisor_proto::{Event, event};
 use crate::task::writer::{NewEntry, Writer};
 
+/// The longest input of a command that nobody waits for, in bytes.
+const MOST_INPUT: usize = 64 << 20;
 /// Events that may wait for a caller.
 const QUEUE: usize = 4;
 /// How long a caller may take for a piece of output. A slower one reads the journal's files from there on, and the command
@@ -50,7 +53,14 @@ impl Supervisor {
         let (progress, watched) = watch::channel(Progress::default());
         let cancel = watch::Sender::new(None);
         let handle = Handle { progress: watched, cancel: cancel.clone() };
-        let new = NewEntry { command: exec.command.display(), cwd: exec.cwd.clone(), manner, request_id };
+        let new = NewEntry {
+            command: exec.command.display(),
+            argv: exec.command.words(),
+            cwd: exec.cwd.clone(),
+            user: exec.user.clone(),
+            manner,
+            request_id,
+        };
         let writer =
             self.commands.begin(handle, async |sequence| self.begin_entry(sequence, new).await).await?;
         let (sender, events) = mpsc::channel(QUEUE);
@@ -103,14 +113,14 @@ impl Supervisor {
         });
         let limit = Limit { asked: exec.timeout_seconds, left: self.file().life_left().as_secs_f64() };
         let mark = place.network().map_or(0, Network::mark);
-        let (outcome, reason) = match carry_out(&place, exec, limit, &mut sink, cancel).await {
-            Ok(outcome) => (outcome, None),
+        let (outcome, later, reason) = match carry_out(&place, exec, limit, &mut sink, cancel, true).await {
+            Ok((outcome, later)) => (outcome, later, None),
             Err(error) => {
                 if error.kind() == ErrorKind::OutcomeUnknown {
                     // A guest that lives and cannot be spoken to is of no use, and may do anything.
                     place.kill().await;
                 }
-                (failed(&error), Some(error.to_string()))
+                (failed(&error), None, Some(error.to_string()))
             }
         };
         if let Some(words) = &outcome.words {
@@ -130,10 +140,58 @@ impl Supervisor {
         entry.exit_code = Some(outcome.exit_code);
         entry.duration_ms = Some(millis(began.elapsed()));
         entry.fault = outcome.fault;
+        entry.output_open = outcome.output_open;
         entry.reason =
             reason.or_else(|| outcome.fault.map(|_| outcome.words.unwrap_or_default().trim().to_owned()));
         drop(prepared.await);
+        let later = later.and_then(|later| {
+            let room = Arc::clone(&self.later_outputs).try_acquire_owned().ok()?;
+            Some((later, sink.writer.later(), room))
+        });
         self.finish(sink);
+        // Its files were made by now, and its entry has been written.
+        if let Some((mut later, mut writer, _room)) = later {
+            while let Some(chunk) = later.next().await {
+                // Without a listener the guest's processes write on, unheard.
+                if writer.append(&chunk).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Takes all of a command's input before the command is begun, so that its caller may go.
+    pub(super) async fn take_input(
+        &self,
+        mut input: impl tokio::io::AsyncRead + Unpin,
+    ) -> Result<tokio::fs::File, Error> {
+        let failed = |error: io::Error| Error::state(self.directory.path(), &error);
+        let file = files::unnamed(self.directory.path()).map_err(failed)?;
+        let mut file = tokio::fs::File::from_std(file);
+        let mut length = 0;
+        let mut buffer = vec![0; pyro_proto::limits::CHUNK];
+        loop {
+            let read = input.read(&mut buffer).await.map_err(|_broken| {
+                let text = "the command was not begun, because its input broke off";
+                Error::new(ErrorKind::Cancelled, text)
+            })?;
+            if read == 0 {
+                break;
+            }
+            length += read;
+            if length > MOST_INPUT {
+                let text = format!(
+                    "the input of a command that is not waited for is longer than {} MiB",
+                    MOST_INPUT >> 20
+                );
+                return Err(Error::new(ErrorKind::InvalidValue, text)
+                    .hint("wait for the command, or put the input into a file of the guest's first"));
+            }
+            file.write_all(&buffer[..read]).await.map_err(failed)?;
+        }
+        file.flush().await.map_err(failed)?;
+        file.rewind().await.map_err(failed)?;
+        Ok(file)
     }
 
     /// Writes the end of a command down, then tells it.
@@ -374,7 +432,7 @@ fn unrecorded_event(entry: &JournalEntry) -> event::Kind {
 fn failed(error: &Error) -> Outcome {
     match error.kind() {
         ErrorKind::CommandRefused => {
-            Outcome { exit_code: 126, fault: None, words: Some(format!("{error}\n")) }
+            Outcome { exit_code: 126, words: Some(format!("{error}\n")), ..Outcome::default() }
         }
         ErrorKind::HostResources => ended_by(Ending::HostDiskFull, 137),
         _ => ended_by(Ending::GuestLost, 137),

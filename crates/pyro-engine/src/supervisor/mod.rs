@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyro_image::Environment;
 use pyro_net::secret::HeldSecret;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use self::commands::Commands;
 use self::machine::TaskMachine;
@@ -66,6 +66,8 @@ pub(crate) struct Supervisor {
     directory: TaskDirectory,
     journal: Journal,
     unsettled: Arc<Unsettled>,
+    /// The right to listen to a command that has ended.
+    later_outputs: Arc<Semaphore>,
     file: Mutex<TaskFile>,
     /// Kept installed for as long as the task's disk lies upon it; none for a task on the host.
     environment: Option<Environment>,
@@ -177,6 +179,7 @@ impl Supervisor {
             journal: directory.journal(),
             unsettled: Unsettled::of(directory.journal()),
             directory,
+            later_outputs: Arc::new(Semaphore::new(pyro_proto::limits::LATER_OUTPUTS)),
             file: Mutex::new(file),
             environment,
             place: watch::Sender::new(Place::None),

@@ -27,7 +27,7 @@ use crate::task::supervisor_proto::{
     CancelRequest, DeleteRequest, Done, ExecInput, FollowRequest, HelloReply, HelloRequest, NetworkReply,
     NetworkRequest, PortsReply, PortsRequest, StartRequest, StopRequest, exec_input,
 };
-use crate::task::to_status;
+use crate::task::{GENERATION, to_status};
 
 /// How long callers may take to read their last answer: at once, and seconds where the host is crowded.
 const LAST_ANSWER: Duration = Duration::from_secs(10);
@@ -154,8 +154,16 @@ impl Service for Calls {
         let mut exec = ExecSpec::new(command);
         exec.timeout_seconds = start.timeout_seconds;
         exec.cwd = String::from_utf8_lossy(&start.cwd).into_owned();
+        let text = |bytes: &bytes::Bytes| String::from_utf8_lossy(bytes).into_owned();
+        exec.env = start.env.iter().map(|variable| (text(&variable.name), text(&variable.value))).collect();
+        exec.user = (!start.user.is_empty()).then(|| text(&start.user));
         if start.stdin {
-            exec.stdin = Some(Box::new(StreamReader::new(stdin(inputs))));
+            let input = StreamReader::new(stdin(inputs));
+            exec.stdin = Some(if start.attached {
+                Box::new(input)
+            } else {
+                Box::new(self.0.take_input(input).await.map_err(|error| to_status(&error))?)
+            });
         }
         let supervisor = Arc::clone(&self.0);
         // A number that is being given is given, or the next command would ask for the same.
@@ -170,7 +178,7 @@ impl Service for Calls {
     }
 
     async fn hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
-        Ok(Response::new(HelloReply {}))
+        Ok(Response::new(HelloReply { generation: GENERATION }))
     }
 
     async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<Done>, Status> {
@@ -234,10 +242,15 @@ fn done(done: Result<(), crate::Error>) -> Result<Response<Done>, Status> {
     done.map(|()| Response::new(Done {})).map_err(|error| to_status(&error))
 }
 
-/// The bytes of a caller's stdin; it ends when the caller says so, or goes away.
+/// The bytes of a caller's stdin. It ends when the caller says so; one that goes away before has left it broken.
 fn stdin(inputs: Streaming<ExecInput>) -> impl Stream<Item = io::Result<bytes::Bytes>> + Send + Unpin {
-    Box::pin(inputs.map_while(|input| match input.ok()?.kind {
-        Some(exec_input::Kind::Stdin(bytes)) => Some(Ok(bytes)),
-        Some(exec_input::Kind::Start(_) | exec_input::Kind::StdinEnd(_)) | None => None,
+    let broken = || Some(Err(io::ErrorKind::BrokenPipe.into()));
+    Box::pin(inputs.map(Some).chain(tokio_stream::once(None)).map_while(move |input| match input {
+        Some(Ok(input)) => match input.kind {
+            Some(exec_input::Kind::Stdin(bytes)) => Some(Ok(bytes)),
+            Some(exec_input::Kind::StdinEnd(_)) => None,
+            Some(exec_input::Kind::Start(_)) | None => broken(),
+        },
+        Some(Err(_)) | None => broken(),
     }))
 }

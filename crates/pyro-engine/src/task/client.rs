@@ -31,6 +31,11 @@ pub(crate) mod supervisor_proto {
 
 const WINDOW: u32 = 1 << 20;
 
+/// The generation of the protocol that this code speaks.
+pub(crate) const GENERATION: u32 = 2;
+/// The one from which on a command has variables and a user, and input that is taken before it is begun.
+pub(super) const VARIABLES_AND_USER: u32 = 2;
+
 /// How long a supervisor may say nothing before it is asked whether it lives.
 const QUIET: Duration = Duration::from_secs(3);
 /// How long it may take to answer that: at once, and seconds where the host is crowded.
@@ -131,6 +136,20 @@ impl Client {
     pub(crate) async fn follow(&self, request: FollowRequest) -> Result<Option<Events>, Error> {
         let mut calls = self.calls.clone();
         self.events(false, calls.follow(request)).await
+    }
+
+    /// Which generation of the protocol the supervisor speaks.
+    pub(crate) async fn generation(&self) -> Result<u32, Error> {
+        let mut calls = self.calls.clone();
+        tokio::select! {
+            biased;
+            reply = calls.hello(HelloRequest {}) => match reply {
+                Ok(reply) => Ok(reply.get_ref().generation),
+                Err(status) if status.code() == Code::Unimplemented => Ok(0),
+                Err(status) => Err(from_status(&status)),
+            },
+            error = self.silence(false) => Err(error),
+        }
     }
 
     pub(crate) async fn cancel(&self, sequence: u64) -> Result<(), Error> {

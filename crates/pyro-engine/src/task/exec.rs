@@ -7,8 +7,10 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::client::Events;
-use super::client::supervisor_proto::{ExecInput, ExecStart, FollowRequest, StdinEnd, event, exec_input};
+use super::client::supervisor_proto::{
+    ExecInput, ExecStart, FollowRequest, StdinEnd, Variable, event, exec_input,
+};
+use super::client::{Events, VARIABLES_AND_USER};
 use super::record::Detached;
 use super::{EntryStatus, Found, JournalEntry, TaskFile, not_started};
 use crate::engine::Engine;
@@ -150,7 +152,7 @@ impl Engine {
     ) -> Result<Option<Ended>, Error> {
         let mut looks = 0;
         while looks < LOOKS {
-            let Some(entry) = self.entry(task_id, sequence).await? else { return Ok(None) };
+            let Some(entry) = self.task_entry(task_id, sequence).await? else { return Ok(None) };
             if entry.status != EntryStatus::Running {
                 self.replay(task_id, &entry, output).await?;
                 return Ok(Some(Ended { entry, is_recorded: true }));
@@ -217,6 +219,11 @@ impl Engine {
             Found::Supervised(client) => client,
             Found::Alone(..) => return Err(not_started(task_id)),
         };
+        let needs_new = !exec.env.is_empty() || exec.user.is_some() || exec.stdin.is_some() && !attached;
+        if needs_new && client.generation().await? < VARIABLES_AND_USER {
+            let text = "the task's supervisor is of an older pyro, whose commands have no variables, users or input of their own";
+            return Err(Error::new(ErrorKind::WrongState, text).hint("stop the task and start it again"));
+        }
         let request_id = files::random_hex(16).map_err(|error| Error::host("random numbers", &error))?;
         let (argv, shell) = match exec.command {
             Command::Argv(words) => (words.into_iter().map(Into::into).collect(), Default::default()),
@@ -227,6 +234,8 @@ impl Engine {
             argv,
             shell,
             cwd: exec.cwd.into(),
+            env: exec.env.into_iter().map(variable).collect(),
+            user: exec.user.unwrap_or_default().into(),
             stdin: exec.stdin.is_some(),
             timeout_seconds: exec.timeout_seconds,
             attached,
@@ -263,7 +272,11 @@ impl Engine {
         .await
     }
 
-    pub(super) async fn entry(&self, task_id: &str, sequence: u64) -> Result<Option<JournalEntry>, Error> {
+    /// One entry of a task's journal; none where there is no such command.
+    ///
+    /// # Errors
+    /// When there is no such task, or its journal cannot be read.
+    pub async fn task_entry(&self, task_id: &str, sequence: u64) -> Result<Option<JournalEntry>, Error> {
         let (engine, id) = (self.clone(), task_id.to_owned());
         self.blocking(move || {
             let registry = &engine.inner.registry;
@@ -351,9 +364,9 @@ async fn result(task_id: &str, file: Option<TaskFile>, ended: Ended, output: Out
         let reason = entry.reason.as_deref().unwrap_or("the command has ended");
         format!("{reason}; its end is not on record yet\n")
     });
-    let outcome = Outcome { exit_code, fault: entry.fault, words };
-    let mut result =
-        output.result(subject, entry.command, outcome, entry.duration_ms.unwrap_or_default()).await;
+    let outcome = Outcome { exit_code, fault: entry.fault, words, output_open: entry.output_open };
+    let command = (entry.command, entry.argv);
+    let mut result = output.result(subject, command, outcome, entry.duration_ms.unwrap_or_default()).await;
     result.notes = entry.notes;
     result.stdout_truncated |= result.stdout_bytes < entry.stdout_bytes;
     result.stderr_truncated |= result.stderr_bytes < entry.stderr_bytes;
@@ -397,7 +410,11 @@ async fn feed(stdin: Option<Box<dyn AsyncRead + Send + Unpin>>, inputs: mpsc::Se
         let mut buffer = vec![0; pyro_proto::limits::CHUNK];
         loop {
             let length = tokio::select! {
-                read = stdin.read(&mut buffer) => read.unwrap_or(0),
+                read = stdin.read(&mut buffer) => match read {
+                    Ok(length) => length,
+                    // The call's request side ends without a word, which is no end of the input.
+                    Err(_broken) => return,
+                },
                 () = inputs.closed() => return,
             };
             let kind = match length {
@@ -411,6 +428,10 @@ async fn feed(stdin: Option<Box<dyn AsyncRead + Send + Unpin>>, inputs: mpsc::Se
     }
     // The call's request side stays open, so that its end never looks like the caller's going away.
     inputs.closed().await;
+}
+
+fn variable((name, value): (String, String)) -> Variable {
+    Variable { name: name.into_bytes().into(), value: value.into_bytes().into() }
 }
 
 fn unknown(task_id: &str) -> Error {

@@ -33,8 +33,8 @@ pub(crate) const STREAM_LIMIT: u64 = 64 << 20;
 /// What is kept of all commands of a task together, in bytes: their output, and their own words. What comes after that is
 /// dropped as well, and the entries say so.
 pub(crate) const JOURNAL_LIMIT: u64 = 1 << 30;
-/// A command may be long: 1 MiB of arguments, which JSON may write in six bytes each.
-pub(crate) const MOST_ENTRY: u64 = 8 << 20;
+/// A command may be long: 1 MiB of arguments, which JSON may write in six bytes each, as words and as one text.
+pub(crate) const MOST_ENTRY: u64 = 16 << 20;
 
 /// How far a command has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,7 +58,13 @@ pub enum EntryStatus {
 pub struct JournalEntry {
     pub sequence: u64,
     pub command: String,
+    /// The words that were run as they are; none for a shell string, and in entries of an older pyro.
+    #[serde(default)]
+    pub argv: Option<Vec<String>>,
     pub cwd: String,
+    /// Who ran it, as its caller named them; none: root.
+    #[serde(default)]
+    pub user: Option<String>,
     pub status: EntryStatus,
     /// None while it runs, and where nobody can know.
     pub exit_code: Option<i32>,
@@ -82,6 +88,9 @@ pub struct JournalEntry {
     pub stdout_dropped_bytes: u64,
     pub stderr_dropped_bytes: u64,
     pub fault: Option<Fault>,
+    /// Processes that it has left behind may write more, which is appended to its files.
+    #[serde(default)]
+    pub output_open: bool,
     /// Why it was interrupted, in words.
     pub reason: Option<String>,
     /// By which its caller finds it after a lost connection.
@@ -224,7 +233,9 @@ impl Journal {
         JournalEntry {
             sequence,
             command: String::new(),
+            argv: None,
             cwd: String::new(),
+            user: None,
             status: EntryStatus::Interrupted,
             exit_code: None,
             duration_ms: None,
@@ -240,6 +251,7 @@ impl Journal {
             stdout_dropped_bytes: 0,
             stderr_dropped_bytes: 0,
             fault: None,
+            output_open: false,
             reason: Some(format!(
                 "its entry cannot be read ({why}) and is kept as {sequence:06}.json.damaged"
             )),

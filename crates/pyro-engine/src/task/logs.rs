@@ -86,7 +86,7 @@ impl Engine {
                 return Ok(Some(entry));
             }
             // The supervisor went away: what it has left is in order now.
-            match self.entry(task_id, sequence).await? {
+            match self.task_entry(task_id, sequence).await? {
                 Some(entry) if entry.status == EntryStatus::Running => {}
                 other => return Ok(other),
             }

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use self::birth::{CONTROL_FD, Kind, LOCK_FD, READY_FD, Report, read_order};
 use self::client::Client;
-pub(crate) use self::client::{supervisor_proto, to_status};
+pub(crate) use self::client::{GENERATION, supervisor_proto, to_status};
 pub(crate) use self::directory::TaskDirectory;
 #[cfg(test)]
 pub(crate) use self::file::tests::file as test_file;
@@ -230,7 +230,7 @@ impl Engine {
     /// # Errors
     /// When there is no such task, or it has run no such command.
     pub async fn cancel_task(&self, task_id: &str, sequence: u64) -> Result<CancelledCommand, Error> {
-        let entry = self.entry(task_id, sequence).await?;
+        let entry = self.task_entry(task_id, sequence).await?;
         let entry = entry.ok_or_else(|| exec::no_command(task_id, sequence))?;
         let mut ended = false;
         if entry.status == EntryStatus::Running

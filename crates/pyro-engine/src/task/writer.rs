@@ -20,7 +20,7 @@ use super::journal::{EntryStatus, JOURNAL_LIMIT, Journal, JournalEntry, MOST_ENT
 use super::starts::{self, Slot, Starts};
 use crate::capture;
 use crate::files;
-use crate::guest::Stream;
+use crate::guest::{Chunk, Stream};
 use crate::place::Manner;
 use crate::record::Fault;
 use crate::registry::now;
@@ -32,7 +32,9 @@ const COMMAND_IN_FULL_JOURNAL: usize = 1024;
 #[derive(Clone, Debug)]
 pub(crate) struct NewEntry {
     pub(crate) command: String,
+    pub(crate) argv: Option<Vec<String>>,
     pub(crate) cwd: String,
+    pub(crate) user: Option<String>,
     pub(crate) manner: Manner,
     pub(crate) request_id: String,
 }
@@ -45,6 +47,36 @@ pub(crate) struct Writer {
     /// Opened when there is something to hold.
     stdout: Option<File>,
     stderr: Option<File>,
+}
+
+/// Appends what the processes of an ended command write, within the limits that it had; the rest is dropped.
+#[derive(Debug)]
+pub(crate) struct LaterWriter {
+    journal: Journal,
+    sequence: u64,
+    /// Of each stream, in bytes.
+    room: [u64; 2],
+}
+
+impl LaterWriter {
+    pub(crate) fn append(&mut self, chunk: &Chunk) -> io::Result<()> {
+        let room = &mut self.room[usize::from(chunk.stream == Stream::Stderr)];
+        let in_journal = JOURNAL_LIMIT.saturating_sub(self.journal.kept().load(Relaxed));
+        let length = (*room).min(in_journal).min(chunk.bytes.len() as u64);
+        *room -= length;
+        let bytes = &chunk.bytes[..usize::try_from(length).unwrap_or_default()];
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let path = self.journal.output(self.sequence, chunk.stream);
+        // The one empty file of all that have written nothing is not this command's alone.
+        if std::fs::metadata(&path)?.len() == 0 {
+            fs_err::remove_file(&path)?;
+        }
+        append_to(&path)?.write_all(bytes)?;
+        self.journal.kept().fetch_add(length, Relaxed);
+        Ok(())
+    }
 }
 
 impl Journal {
@@ -64,11 +96,14 @@ impl Journal {
             files::remove_if_there(&self.output(sequence, stream))?;
         }
         let started_at = now();
-        let is_full = self.kept().load(Relaxed) + new.command.len() as u64 > JOURNAL_LIMIT;
+        let words = 2 * new.command.len() as u64;
+        let is_full = self.kept().load(Relaxed) + words > JOURNAL_LIMIT;
         let entry = JournalEntry {
             sequence,
             command: if is_full { capture::cut(new.command, COMMAND_IN_FULL_JOURNAL) } else { new.command },
+            argv: new.argv.filter(|_| !is_full),
             cwd: new.cwd,
+            user: new.user,
             status: EntryStatus::Running,
             exit_code: None,
             duration_ms: None,
@@ -84,6 +119,7 @@ impl Journal {
             stdout_dropped_bytes: 0,
             stderr_dropped_bytes: 0,
             fault: None,
+            output_open: false,
             reason: None,
             request_id: new.request_id,
             notes: Vec::new(),
@@ -321,6 +357,30 @@ impl Writer {
         Ok(())
     }
 
+    /// Appends to the files of this command after its end.
+    pub(crate) fn later(&self) -> LaterWriter {
+        let kept = |stream: Stream| {
+            let entry = &self.entry;
+            match stream {
+                Stream::Stdout => {
+                    (entry.stdout_bytes - entry.stdout_dropped_bytes, entry.stdout_dropped_bytes > 0)
+                }
+                Stream::Stderr => {
+                    (entry.stderr_bytes - entry.stderr_dropped_bytes, entry.stderr_dropped_bytes > 0)
+                }
+            }
+        };
+        let room = |stream| match kept(stream) {
+            (_, true) => 0,
+            (kept, false) => STREAM_LIMIT.saturating_sub(kept),
+        };
+        LaterWriter {
+            journal: self.journal.clone(),
+            sequence: self.entry.sequence,
+            room: [room(Stream::Stdout), room(Stream::Stderr)],
+        }
+    }
+
     /// How much of each stream is in its file.
     pub(crate) fn kept(&self) -> [u64; 2] {
         let entry = &self.entry;
@@ -387,7 +447,9 @@ pub(crate) mod tests {
     pub(crate) fn new(command: &str) -> NewEntry {
         NewEntry {
             command: command.to_owned(),
+            argv: None,
             cwd: "/workspace".to_owned(),
+            user: None,
             manner: Manner { execution_mode: "guest_serial", isolation: "qemu-tcg", start_mode: "cold" },
             request_id: format!("request of {command}"),
         }
