@@ -138,14 +138,33 @@ pub(crate) struct CreateArgs {
 pub(crate) struct ExecArgs {
     /// The task's id
     pub(crate) task_id: String,
-    /// Time of the command in seconds
-    #[arg(long, default_value_t = 30.0, allow_negative_numbers = true)]
-    pub(crate) timeout_seconds: f64,
-    /// Start the command and do not wait for it
+    /// Start the command and do not wait for it; it gets our stdin whole
     #[arg(long)]
     pub(crate) detach: bool,
     #[command(flatten)]
+    pub(crate) exec: ExecFlags,
+    #[command(flatten)]
     pub(crate) output: Output,
+}
+
+/// A command, for `run` and `task exec`.
+#[derive(Debug, Args)]
+pub(crate) struct ExecFlags {
+    /// Time of the command in seconds
+    #[arg(long, default_value_t = 30.0, allow_negative_numbers = true)]
+    pub(crate) timeout_seconds: f64,
+    /// A variable of the command; may be given more than once
+    #[arg(short = 'e', long, value_name = "NAME=VALUE")]
+    pub(crate) env: Vec<String>,
+    /// Who runs it in the guest, by name or number: root unless told
+    #[arg(long, value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
+    /// Where it starts in the guest, absolute: /workspace unless told
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cwd: Option<String>,
+    /// Leave our stdin alone; the command has none
+    #[arg(short = 'n', long)]
+    pub(crate) no_stdin: bool,
     /// The command; one word with white space is run by /bin/sh -lc
     #[arg(last = true, required = true, value_name = "CMD")]
     pub(crate) command: Vec<std::ffi::OsString>,
@@ -354,14 +373,10 @@ pub(crate) struct TaskNetworkArgs {
 pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
-    /// Time of the command in seconds
-    #[arg(long, default_value_t = 30.0, allow_negative_numbers = true)]
-    pub(crate) timeout_seconds: f64,
+    #[command(flatten)]
+    pub(crate) exec: ExecFlags,
     #[command(flatten)]
     pub(crate) output: Output,
-    /// The command; one word with white space is run by /bin/sh -lc
-    #[arg(last = true, required = true, value_name = "CMD")]
-    pub(crate) command: Vec<std::ffi::OsString>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -441,7 +456,7 @@ mod tests {
             let Verb::Run(args) = Cli::try_parse_from(line.split(' ')).expect("parsed").verb else {
                 panic!("not run")
             };
-            assert_eq!((args.machine.mem_mib, args.command.len()), (512, 3));
+            assert_eq!((args.machine.mem_mib, args.exec.command.len()), (512, 3));
         }
     }
 }

@@ -3,6 +3,7 @@
 mod demo;
 mod doctor;
 mod env;
+mod follow;
 mod mcp;
 mod network;
 mod run;

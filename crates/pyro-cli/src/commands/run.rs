@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use pyro_engine::network::{HeldSecret, NetworkRequest, Policy, PolicySource, SecretText};
 use pyro_engine::{Command, Engine, ExecResult, ExecSpec, Isolation, Observer, Phase, VmSpec, published};
 
-use crate::cli::{MachineArgs, NetworkArgs, RunArgs};
+use crate::cli::{ExecFlags, MachineArgs, NetworkArgs, RunArgs};
 use crate::config;
 use crate::failure::Failure;
 use crate::printer::Printer;
@@ -20,10 +20,8 @@ pub(crate) async fn run(args: RunArgs, printer: &Printer) -> Result<ExitCode, Fa
     let config = config::engine_for(&args.machine)?;
     let policies = config.policies_dir.clone();
     let engine = Engine::open(config)?;
-    let mut exec = ExecSpec::new(command(args.command));
-    exec.timeout_seconds = args.timeout_seconds;
+    let exec = exec_spec(args.exec)?;
     let spec = machine(args.machine, policies.as_deref())?;
-    exec.stdin = streams::stdin();
     let mut observer = Observer::none().on_phase(telling(printer, &engine, "run"));
     let mut forwarder = None;
     if !printer.json() {
@@ -77,8 +75,28 @@ pub(super) fn exit(code: i32) -> ExitCode {
     ExitCode::from(u8::try_from(code).unwrap_or(255))
 }
 
+/// The command that is asked for, with our stdin as its own.
+pub(super) fn exec_spec(args: ExecFlags) -> Result<ExecSpec, Failure> {
+    let mut exec = ExecSpec::new(command(args.command));
+    exec.timeout_seconds = args.timeout_seconds;
+    exec.user = args.user;
+    if let Some(cwd) = args.cwd {
+        exec.cwd = cwd;
+    }
+    for text in args.env {
+        let Some((name, value)) = text.split_once('=') else {
+            let shown: String = text.chars().take(64).flat_map(char::escape_debug).collect();
+            let error = Failure::new("invalid_value", format!("env: '{shown}' is no variable"));
+            return Err(error.hint("write NAME=VALUE"));
+        };
+        exec.env.push((name.to_owned(), value.to_owned()));
+    }
+    exec.stdin = if args.no_stdin { None } else { streams::stdin() };
+    Ok(exec)
+}
+
 /// One word with white space in it is a shell string; anything else is run as it is.
-pub(super) fn command(words: Vec<std::ffi::OsString>) -> Command {
+fn command(words: Vec<std::ffi::OsString>) -> Command {
     if let [word] = words.as_slice()
         && let Some(text) = word.to_str()
         && text.contains(char::is_whitespace)

@@ -4,18 +4,22 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use pyro_engine::{
-    Engine, EntryStatus, Error, ErrorKind, ExecResult, ExecSpec, JournalEntry, LogEntry, LogQuery, Observer,
-    Phase, PortChange, TaskRecord,
+    Engine, EntryStatus, ErrorKind, ExecResult, JournalEntry, LogEntry, LogQuery, Observer, Phase,
+    PortChange, TaskRecord,
 };
 use tokio::sync::watch;
 
+use super::follow::follow;
 use super::network;
-use super::run::{command, exit, machine, note, telling, written};
+use super::run::{exec_spec, exit, machine, note, telling, written};
 use crate::cli::{AttachArgs, CommandArgs, CreateArgs, ExecArgs, LogsArgs, PortVerb, TaskVerb};
 use crate::config;
 use crate::failure::Failure;
 use crate::printer::Printer;
-use crate::streams::{self, Forwarder};
+use crate::streams::Forwarder;
+
+/// How long input may take before somebody is told that it is waited for.
+const SLOW_INPUT: std::time::Duration = std::time::Duration::from_secs(3);
 
 /// Resolves to an exit code at a signal.
 pub(crate) type Interrupt = watch::Receiver<Option<u8>>;
@@ -98,10 +102,17 @@ async fn exec(
     printer: &Printer,
     mut interrupt: Interrupt,
 ) -> Result<ExitCode, Failure> {
-    let mut exec = ExecSpec::new(command(args.command));
-    exec.timeout_seconds = args.timeout_seconds;
+    let exec = exec_spec(args.exec)?;
     if args.detach {
-        let detached = engine.exec_task_detached(&args.task_id, exec).await?;
+        let taken = engine.exec_task_detached(&args.task_id, exec);
+        tokio::pin!(taken);
+        let detached = tokio::select! {
+            detached = &mut taken => detached?,
+            () = tokio::time::sleep(SLOW_INPUT) => {
+                printer.say("[task-exec] waiting for the end of stdin, which the command gets whole; -n leaves it alone");
+                taken.await?
+            }
+        };
         if printer.json() {
             printer.object(&detached);
         } else {
@@ -113,7 +124,6 @@ async fn exec(
         }
         return Ok(ExitCode::SUCCESS);
     }
-    exec.stdin = streams::stdin();
     let (noted, mut sequence) = watch::channel(None);
     let mut observer = Observer::none().on_phase(move |phase| {
         if let Phase::Sequence(number) = phase {
@@ -348,48 +358,6 @@ async fn logs(engine: &Engine, args: LogsArgs, printer: &Printer) -> Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
-/// Goes on with commands that run and that come, until the task has stopped or is gone, or the one that was asked for
-/// has ended.
-async fn follow(
-    engine: &Engine,
-    task_id: &str,
-    mut next: u64,
-    only: Option<u64>,
-    printer: &Printer,
-) -> Result<(), Failure> {
-    loop {
-        let (sender, forwarder) = Forwarder::start();
-        let observer = Observer::none().output(sender);
-        let heading = observer.on_phase({
-            let printer = printer.clone();
-            move |phase| {
-                if let Phase::Sequence(sequence) = phase {
-                    printer.data(&format!("#{sequence} running"));
-                }
-            }
-        });
-        let followed = engine.follow_command(task_id, next, &heading).await;
-        drop(heading);
-        drop(forwarder.finish().await);
-        let entry: JournalEntry = match followed {
-            Ok(Some(entry)) => entry,
-            Ok(None) => return Ok(()),
-            Err(error) if is_over(&error) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        printer.data(&headline(&entry));
-        if only == Some(next) {
-            return Ok(());
-        }
-        next += 1;
-    }
-}
-
-/// The task is gone, or nobody reads any more.
-fn is_over(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Expired | ErrorKind::Cancelled)
-}
-
 fn print(entry: &LogEntry, printer: &Printer) {
     printer.data(&headline(&entry.entry));
     printer.data(&format!("$ {}", entry.entry.command));
@@ -403,7 +371,7 @@ fn print(entry: &LogEntry, printer: &Printer) {
     }
 }
 
-fn headline(entry: &JournalEntry) -> String {
+pub(super) fn headline(entry: &JournalEntry) -> String {
     let code = entry.exit_code.map_or_else(|| "none".to_owned(), |code| code.to_string());
     let duration = entry.duration_ms.map_or_else(|| "none".to_owned(), |duration| format!("{duration:.0}"));
     let status = match entry.status {
