@@ -7,7 +7,7 @@ pub(crate) const MOST_STREAM_BYTES: usize = 256 << 10;
 /// The least, in bytes.
 pub(crate) const LEAST_STREAM_BYTES: usize = 1 << 10;
 /// What is shown of a command that records name, in bytes.
-const COMMAND_BYTES: usize = 2 << 10;
+pub(crate) const COMMAND_BYTES: usize = 2 << 10;
 
 /// Text without control sequences; of the control characters, tabs and line ends stay.
 pub(crate) fn plain(text: &str) -> String {

@@ -20,7 +20,7 @@ pub(super) fn of_machine(mut result: ExecResult, most: usize) -> ExecResult {
             text::fit(text, most, remedy)
         };
     }
-    text::shorten(&mut result.command);
+    shorten(&mut result);
     result
 }
 
@@ -34,8 +34,16 @@ pub(super) async fn of_task(engine: &Engine, mut result: ExecResult, most: usize
         *truncated |= text.len() > most;
         *text = shown(engine, (&id, sequence, stream), text, total, most).await;
     }
-    text::shorten(&mut result.command);
+    shorten(&mut result);
     result
+}
+
+/// Its command in a length that can be shown. Of long words the list goes, as the text holds their beginning.
+fn shorten(result: &mut ExecResult) {
+    if result.command.len() > text::COMMAND_BYTES {
+        result.argv = None;
+    }
+    text::shorten(&mut result.command);
 }
 
 /// One stream of a command as it is shown: its ends from the journal, where places in the text are places in the file.

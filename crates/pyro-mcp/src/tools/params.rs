@@ -1,5 +1,7 @@
 //! Arguments of tools: parts that several tools share, their schemas, and how bad values are told.
 
+use std::collections::BTreeMap;
+
 use pyro_engine::{Command, ExecSpec, Isolation, VmSpec};
 use rmcp::model::JsonObject;
 use schemars::generate::SchemaSettings;
@@ -132,6 +134,12 @@ pub(super) struct Exec {
     /// Where it starts, absolute
     #[serde(default = "workspace")]
     cwd: String,
+    /// Variables of the command, by name
+    #[serde(default)]
+    env: BTreeMap<String, String>,
+    /// Who runs it, by name or number; root unless given
+    #[serde(default)]
+    user: Option<String>,
     /// How much of stdout, and of stderr, is returned at the most; of more, the head and the tail
     #[serde(default = "stream_bytes")]
     #[schemars(range(min = 1024, max = 262_144))]
@@ -158,6 +166,8 @@ impl Exec {
         let mut spec = ExecSpec::new(command);
         spec.timeout_seconds = self.timeout_seconds;
         spec.cwd = self.cwd;
+        spec.env = self.env.into_iter().collect();
+        spec.user = self.user;
         spec.stdin = self.stdin.map(|text| -> Box<dyn tokio::io::AsyncRead + Send + Unpin> {
             Box::new(std::io::Cursor::new(text.into_bytes()))
         });
