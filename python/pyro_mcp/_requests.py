@@ -64,10 +64,22 @@ def networking(
     }
 
 
-def execution(command: Command, timeout_seconds: float, cwd: str) -> Dict[str, Any]:
+def execution(
+    command: Command,
+    timeout_seconds: float,
+    cwd: str,
+    env: Optional[Mapping[str, str]],
+    user: Union[str, int, None],
+) -> Dict[str, Any]:
     """The command of a request. JSON has no infinity: what is none is refused by the engine in its own words."""
     limit = timeout_seconds if timeout_seconds == timeout_seconds and abs(timeout_seconds) < 1e18 else 0
-    return {"command": command, "timeout_seconds": limit, "cwd": cwd}
+    return {
+        "command": command,
+        "timeout_seconds": limit,
+        "cwd": cwd,
+        "env": dict(env or {}),
+        "user": None if user is None else str(user),
+    }
 
 
 def stdin_bytes(stdin: Union[str, bytes, None]) -> Optional[bytes]:

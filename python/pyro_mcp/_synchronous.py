@@ -193,6 +193,8 @@ class Pyro(Blocking):
         timeout_seconds: float = 30,
         stdin: Union[str, bytes, None] = None,
         cwd: str = "/workspace",
+        env: Optional[Mapping[str, str]] = None,
+        user: Union[str, int, None] = None,
         stream: Optional[OnOutput] = None,
     ) -> ExecResult:
         """Runs one command in a started machine, then deletes the machine, whatever came of it.
@@ -202,11 +204,14 @@ class Pyro(Blocking):
             timeout_seconds: seconds until the command is ended; more than 0.
             stdin: what the command reads.
             cwd: where it starts, absolute.
+            env: variables of the command.
+            user: who runs it, a name or a number of the guest's, or ``"USER:GROUP"``; root unless given.
             stream: is called with each piece of output as it comes.
 
         Returns:
             The result, also of a command that failed: ``exit_code``, ``stdout``, ``stderr`` (of more than 1 MiB the head
-            and the tail), ``fault``, ``timings``, ``cleanup``.
+            and the tail), ``fault``, ``output_open`` (whether processes that it has left behind may write more),
+            ``timings``, ``cleanup``.
 
         Raises:
             InvalidValueError: a value is outside its limits.
@@ -214,7 +219,7 @@ class Pyro(Blocking):
             WrongStateError: the machine is not started.
             OutcomeUnknownError: the connection broke after the command was sent.
         """
-        command_of = execution(command, timeout_seconds, cwd)
+        command_of = execution(command, timeout_seconds, cwd, env, user)
         return cast(ExecResult, self._call(request("exec_vm", vm_id=vm_id, exec=command_of), stdin, stream))
 
     def run_in_vm(
@@ -238,6 +243,8 @@ class Pyro(Blocking):
         timeout_seconds: float = 30,
         stdin: Union[str, bytes, None] = None,
         cwd: str = "/workspace",
+        env: Optional[Mapping[str, str]] = None,
+        user: Union[str, int, None] = None,
         stream: Optional[OnOutput] = None,
     ) -> ExecResult:
         """Runs one command in a fresh machine and removes every trace of the machine, however it ends.
@@ -249,7 +256,7 @@ class Pyro(Blocking):
             publish, allow_host_compat,
             require_isolation, cold,
         )
-        command_of = execution(command, timeout_seconds, cwd)
+        command_of = execution(command, timeout_seconds, cwd, env, user)
         return cast(ExecResult, self._call(request("run_in_vm", machine=vm, exec=command_of), stdin, stream))
 
     def reap_expired(self) -> Reaped:
@@ -293,6 +300,8 @@ class Pyro(Blocking):
         timeout_seconds: float = 30,
         stdin: Union[str, bytes, None] = None,
         cwd: str = "/workspace",
+        env: Optional[Mapping[str, str]] = None,
+        user: Union[str, int, None] = None,
         stream: Optional[OnOutput] = None,
     ) -> ExecResult:
         """Runs one command in a task. Its output is on record as it comes, whatever becomes of this process.
@@ -300,7 +309,7 @@ class Pyro(Blocking):
         Parameters and errors are those of :meth:`exec_vm`; the result has ``sequence``, the command's number in the
         task's journal. A call that a signal interrupts ends its command.
         """
-        command_of = execution(command, timeout_seconds, cwd)
+        command_of = execution(command, timeout_seconds, cwd, env, user)
         return cast(
             ExecResult, self._call(request("exec_task", task_id=task_id, exec=command_of), stdin, stream)
         )
@@ -313,13 +322,15 @@ class Pyro(Blocking):
         timeout_seconds: float = 30,
         stdin: Union[str, bytes, None] = None,
         cwd: str = "/workspace",
+        env: Optional[Mapping[str, str]] = None,
+        user: Union[str, int, None] = None,
     ) -> Iterator[StreamEvent]:
         """Runs one command in a task and gives its output as it comes, then its end.
 
         Events are ``{"type": "stdout" or "stderr", "data": bytes}`` and, as the last, ``{"type": "exit", "result": …}``
-        with what :meth:`exec_task` returns. A reader that is slow slows the command; one that stops early ends it.
+        with what :meth:`exec_task` returns. A reader that stops early ends the command.
         """
-        command_of = execution(command, timeout_seconds, cwd)
+        command_of = execution(command, timeout_seconds, cwd, env, user)
         for event in self._stream(request("exec_task", task_id=task_id, exec=command_of), stdin):
             yield event
 

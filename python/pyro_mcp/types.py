@@ -218,6 +218,7 @@ class ExecResult(_Subject):
     environment: str
     environment_version: str
     command: str
+    argv: Optional[List[str]]
     stdout: str
     stderr: str
     exit_code: int
@@ -231,6 +232,7 @@ class ExecResult(_Subject):
     isolation: str
     start_mode: str
     fault: Optional[Fault]
+    output_open: bool
     timings: Timings
     notes: List[str]
 
@@ -240,7 +242,9 @@ class JournalEntry(TypedDict):
 
     sequence: int
     command: str
+    argv: Optional[List[str]]
     cwd: str
+    user: Optional[str]
     status: Status
     exit_code: Optional[int]
     duration_ms: Optional[float]
@@ -254,6 +258,7 @@ class JournalEntry(TypedDict):
     stdout_dropped_bytes: int
     stderr_dropped_bytes: int
     fault: Optional[Fault]
+    output_open: bool
     reason: Optional[str]
     request_id: str
     stdout: str

@@ -1,5 +1,7 @@
 //! What can be asked of an engine, as JSON, and how it is done.
 
+use std::collections::BTreeMap;
+
 use pyro_engine::network::{NetworkChange, NetworkRequest};
 use pyro_engine::{
     Command, Engine, Error, ExecSpec, Isolation, LogQuery, Observer, PortChange, VERSION, VmSpec, published,
@@ -118,6 +120,8 @@ pub(crate) struct Exec {
     command: Words,
     timeout_seconds: f64,
     cwd: String,
+    env: BTreeMap<String, String>,
+    user: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -157,6 +161,8 @@ impl Exec {
         let mut spec = ExecSpec::new(command);
         spec.timeout_seconds = self.timeout_seconds;
         spec.cwd = self.cwd;
+        spec.env = self.env.into_iter().collect();
+        spec.user = self.user;
         spec.stdin = stdin.map(|bytes| -> Box<dyn tokio::io::AsyncRead + Send + Unpin> {
             Box::new(std::io::Cursor::new(bytes))
         });
