@@ -34,7 +34,10 @@ class CommandLine:
         named = [arguments.pop(name) for name in ("environment", "task_id") if name in arguments]
         for name, value in arguments.items():
             flag = "--since" if name == "since_sequence" else "--" + name.replace("_", "-")
-            words = words + ([flag] if value is True else [] if value is False else [flag, str(value)])
+            if isinstance(value, dict):
+                words = words + [word for item in value.items() for word in (flag, "=".join(item))]
+            else:
+                words = words + ([flag] if value is True else [] if value is False else [flag, str(value)])
         words = [*words, *named, "--json"]
         if command is not None:
             words += ["--", *([command] if isinstance(command, str) else command)]
@@ -109,7 +112,17 @@ def surface(request, pyro):
 
 RESULTS = [
     ({"command": "echo out; echo err >&2; exit 3"}, {"stdout": "out\n", "stderr": "err\n", "exit_code": 3, "fault": None}),
-    ({"command": ["printf", "%s|", "a b", "$HOME"]}, {"stdout": "a b|$HOME|", "exit_code": 0}),
+    (
+        {"command": ["printf", "%s|", "a b", "$HOME"]},
+        {"stdout": "a b|$HOME|", "exit_code": 0, "argv": ["printf", "%s|", "a b", "$HOME"],
+         "command": "printf '%s|' 'a b' '$HOME'", "output_open": False},
+    ),
+    (
+        {"command": 'echo "$A|$B"; id -un; pwd', "env": {"A": "1 =", "B": ""}, "user": "games", "cwd": "/usr"},
+        {"stdout": "1 =|\ngames\n/usr\n", "exit_code": 0, "argv": None},
+    ),
+    ({"command": "sleep 9 & echo out"}, {"stdout": "out\n", "exit_code": 0, "output_open": True}),
+    ({"command": ["true"], "user": "nosuch"}, {"exit_code": 126, "stderr": "no such user: nosuch\n"}),
     ({"command": "pwd; cd /; exec pwd"}, {"stdout": "/workspace\n/\n", "exit_code": 0}),
     ({"command": r"printf 'caf\303\251 \377'"}, {"stdout": "café \ufffd", "stdout_bytes": 7}),
     ({"command": ["sh", "-c", "kill -9 $$"]}, {"exit_code": 137, "fault": None}),
@@ -131,6 +144,9 @@ REFUSALS = [
     ("run_vm", {**SMALL, "command": ["true"], "timeout_seconds": 0}, "invalid_value", "timeout_seconds must be positive"),
     ("run_vm", {**SMALL, "command": ["true"], "timeout_seconds": -2.5}, "invalid_value", "timeout_seconds must be positive"),
     ("run_vm", {**SMALL, "command": [""]}, "invalid_value", "command must not be empty"),
+    ("run_vm", {**SMALL, "command": ["true"], "env": {"": "x"}}, "invalid_value", "env: '' is no name of a variable"),
+    ("run_vm", {**SMALL, "command": ["true"], "user": ""}, "invalid_value", "invalid user ''"),
+    ("run_vm", {**SMALL, "command": ["true"], "cwd": "tmp"}, "invalid_value", "cwd must be an absolute path"),
     ("run_vm", {"environment": "nope", "command": ["true"]}, "unknown_environment",
      "unknown environment 'nope'; expected one of: debian:12, debian:12-base, debian:12-build"),
     ("create_task", {**SMALL, "require_isolation": "firecracker-kvm"}, "isolation_unavailable",
@@ -145,7 +161,7 @@ REFUSALS = [
 EXEC_KEYS = {
     "environment", "environment_version", "command", "stdout", "stderr", "exit_code", "duration_ms", "execution_mode",
     "timed_out", "stdout_bytes", "stderr_bytes", "stdout_truncated", "stderr_truncated", "isolation", "start_mode", "fault",
-    "timings", "notes",
+    "timings", "notes", "argv", "output_open",
 }
 TASK_KEYS = {
     "task_id", "environment", "environment_version", "vcpu_count", "mem_mib", "disk_mib", "ttl_seconds", "created_at",
@@ -162,7 +178,7 @@ def test_commands_end_alike(surface):
         assert fresh["cleanup"] == {"vm_id": fresh["vm_id"], "deleted": True, "reason": "post_exec_cleanup"}
         kept = surface.call("exec_task", {"task_id": task, **arguments})
         assert set(kept) == EXEC_KEYS | {"task_id", "sequence", "cwd"}
-        assert (kept["sequence"], kept["cwd"]) == (number, "/workspace")
+        assert (kept["sequence"], kept["cwd"]) == (number, arguments.get("cwd", "/workspace"))
         for result in (fresh, kept):
             for key, value in expected.items():
                 got = result[key].strip() if key == "stderr" else result[key]

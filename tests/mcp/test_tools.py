@@ -75,7 +75,7 @@ async def test_each_tool_returns_what_its_schema_says(connect):
         assert (await checked("task_status", task_id=task))["command_count"] == 2
         assert (await checked("task_list"))["tasks"][0]["task_id"] == task
         logs = await checked("task_logs", task_id=task)
-        assert [entry["command"] for entry in logs["entries"]] == ["sh -c cat > kept", "cat kept"]
+        assert [entry["command"] for entry in logs["entries"]] == ["sh -c 'cat > kept'", "cat kept"]
         failure = await refused(session, "task_start", task_id=task)
         assert failure["code"] == "wrong_state"
         called.add("task_start")

@@ -5,6 +5,7 @@
 
 mod backend;
 mod chaos;
+mod commands;
 mod doctor;
 mod drops;
 mod failures;
