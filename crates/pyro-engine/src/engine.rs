@@ -42,6 +42,8 @@ pub struct EngineConfig {
     /// Keep one machine running for the next command of the kind that was run last: right for a process that lives long
     /// and runs many.
     pub spare: bool,
+    /// For how long `pyro run` keeps a machine ready for the next one, in seconds; 0: it keeps none.
+    pub keep_ready_seconds: u32,
     /// Run VMMs with nothing that keeps them apart from the host, for hosts that refuse what a jail needs. Records say so.
     pub unconfined_vmm: bool,
     /// Live machines and tasks on this state directory at the most.

@@ -45,6 +45,7 @@ impl EngineConfig {
             firecracker: path_or_address("PYRO_FIRECRACKER")?,
             template_limit_mib: number("PYRO_TEMPLATE_LIMIT_MIB", 4096, 0)?.into(),
             spare: false,
+            keep_ready_seconds: number("PYRO_KEEP_READY", 0, 0)?,
             unconfined_vmm: number("PYRO_UNCONFINED_VMM", 0, 0)? != 0,
             max_active_vms: number("PYRO_MAX_ACTIVE_VMS", 4, 1)?,
             max_ttl_seconds: number("PYRO_MAX_TTL_SECONDS", 3600, 1)?,

@@ -78,9 +78,15 @@ impl Engine {
     /// to ask.
     pub(crate) fn before_spare<T>(&self, admit: impl Fn() -> Result<T, Error>) -> Result<T, Error> {
         match admit() {
-            Err(error) if self.gives_way(&error) => admit(),
+            Err(error) if self.gives_way(&error) || self.ready_gives_way_here(&error) => admit(),
             admitted => admitted,
         }
+    }
+
+    /// As [`Engine::ready_gives_way`], on a thread that may wait.
+    fn ready_gives_way_here(&self, refused: &Error) -> bool {
+        tokio::runtime::Handle::try_current()
+            .is_ok_and(|runtime| runtime.block_on(self.ready_gives_way(refused)))
     }
 
     /// Ends the spare where a machine was refused for want of what the spare holds; whether there was one.
@@ -200,6 +206,7 @@ pub(crate) mod tests {
             firecracker: None,
             template_limit_mib: 4096,
             spare: false,
+            keep_ready_seconds: 0,
             unconfined_vmm: false,
             max_active_vms: cap,
             max_ttl_seconds: 3600,

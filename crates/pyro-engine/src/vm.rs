@@ -173,7 +173,7 @@ impl Engine {
             started.unwrap_or_else(|| Err(self.gone(vm_id)))
         };
         match start().await {
-            Err(error) if self.gives_way(&error) => start().await,
+            Err(error) if self.gives_way(&error) || self.ready_gives_way(&error).await => start().await,
             started => started,
         }
     }

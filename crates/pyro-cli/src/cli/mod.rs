@@ -373,6 +373,10 @@ pub(crate) struct TaskNetworkArgs {
 pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
+    /// Keep a machine of this kind running for the next such command, for so many seconds; 0: none. Instead of
+    /// $PYRO_KEEP_READY
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) keep_ready: Option<u32>,
     #[command(flatten)]
     pub(crate) exec: ExecFlags,
     #[command(flatten)]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use pyro_engine::network::{HeldSecret, NetworkRequest, Policy, PolicySource, SecretText};
 use pyro_engine::{Command, Engine, ExecResult, ExecSpec, Isolation, Observer, Phase, VmSpec, published};
@@ -19,6 +20,7 @@ const UNREAD: u8 = 141;
 pub(crate) async fn run(args: RunArgs, printer: &Printer) -> Result<ExitCode, Failure> {
     let config = config::engine_for(&args.machine)?;
     let policies = config.policies_dir.clone();
+    let keep = args.keep_ready.unwrap_or(config.keep_ready_seconds);
     let engine = Engine::open(config)?;
     let exec = exec_spec(args.exec)?;
     let spec = machine(args.machine, policies.as_deref())?;
@@ -29,7 +31,10 @@ pub(crate) async fn run(args: RunArgs, printer: &Printer) -> Result<ExitCode, Fa
         observer = observer.output(sender);
         forwarder = Some(started);
     }
-    let result = engine.run(spec, exec, observer).await;
+    let result = match keep {
+        0 => engine.run(spec, exec, observer).await,
+        keep => engine.run_keeping_ready(spec, exec, observer, Duration::from_secs(keep.into())).await,
+    };
     if let Some(code) = written(forwarder).await? {
         return Ok(code);
     }

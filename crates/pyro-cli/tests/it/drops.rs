@@ -92,6 +92,7 @@ fn config(pyro: &Pyro) -> EngineConfig {
         firecracker: None,
         template_limit_mib: 4096,
         spare: false,
+        keep_ready_seconds: 0,
         unconfined_vmm: false,
         runtime_dir: None,
         memory_overcommit: 1.0,

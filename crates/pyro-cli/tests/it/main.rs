@@ -15,6 +15,7 @@ mod network;
 mod odd_host;
 mod ports;
 mod power_loss;
+mod ready;
 mod run;
 mod secrets;
 mod stuck;

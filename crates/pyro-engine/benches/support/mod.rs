@@ -28,6 +28,7 @@ pub(crate) fn config(state: &Path, max_active_vms: u32) -> EngineConfig {
         firecracker: None,
         template_limit_mib: 4096,
         spare: false,
+        keep_ready_seconds: 0,
         unconfined_vmm: false,
         max_active_vms,
         max_ttl_seconds: 3600,

@@ -39,6 +39,7 @@ fn driver(backend: &str) -> Result<Had, String> {
         max_ttl_seconds: 60,
         template_limit_mib: 0,
         spare: false,
+        keep_ready_seconds: 0,
         unconfined_vmm: false,
         runtime_dir: None,
         memory_overcommit: 1.0,

@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind};
 use crate::files;
 use crate::lock::{self, Attempt};
 use crate::record::VmState;
-use crate::task::{TaskDirectory, TaskFile, TaskFileError, owner};
+use crate::task::{TaskDirectory, TaskFile, TaskFileError, owner, ready};
 
 /// How long after a task's time its supervisor may need to end it: longer than its commands and its guest take.
 const OVERDUE: Duration = Duration::from_secs(5);
@@ -156,6 +156,11 @@ impl Registry {
                 return Err(self.task_directory(id).err().unwrap_or(error));
             }
         };
+        if !ready::is_listed(&file) {
+            // A machine that was kept ready, or was used by one command: it ends with its supervisor.
+            self.take_out(id)?;
+            return Err(self.missing("task", id));
+        }
         if file.has_expired() {
             drop(self.bury(id));
             self.take_out(id)?;

@@ -120,8 +120,8 @@ impl Owned for TaskMachine {
             environment,
             vcpus: file.vcpu_count,
             memory_mib: file.mem_mib,
-            // What the guest has synced is kept, also when the host goes down.
-            disk: DiskCache::Writeback,
+            // What the guest of a task has synced is kept, also when the host goes down.
+            disk: if file.kept.is_some() { DiskCache::Unsafe } else { DiskCache::Writeback },
             fresh: (!has_disk).then_some(fresh),
             network: Settings {
                 policy: file.network.clone(),
@@ -314,7 +314,7 @@ impl Owned for TaskMachine {
 }
 
 /// What a task's guest must satisfy. A tier that this version does not know is more than it can give.
-fn terms(file: &TaskFile) -> Result<Terms, Error> {
+pub(super) fn terms(file: &TaskFile) -> Result<Terms, Error> {
     let isolation = file.require_isolation.as_deref().map(|name| {
         Isolation::named(name).ok_or_else(|| {
             let text = format!("isolation '{name}' was required, which this pyro does not know");

@@ -15,6 +15,7 @@ mod clock;
 mod command;
 mod commands;
 mod machine;
+mod ready;
 mod serve;
 mod unsettled;
 
@@ -81,6 +82,8 @@ pub(crate) struct Supervisor {
     cold: bool,
     /// What the guest uses and does not see.
     secrets: Vec<HeldSecret>,
+    /// True once a machine that is kept ready has an owner.
+    claimed: watch::Sender<bool>,
     /// True once the task is gone.
     gone: watch::Sender<bool>,
 }
@@ -104,7 +107,11 @@ pub async fn supervise() -> io::Result<()> {
         }
     };
     // Callers are answered while the guest comes up: a stop or a removal cuts that short.
-    let mut serving = std::pin::pin!(serve::until_gone(Arc::clone(&supervisor), listener));
+    let unclaimed = match kind {
+        Kind::Keep(unclaimed) => Some(unclaimed),
+        Kind::Create | Kind::Start => None,
+    };
+    let mut serving = std::pin::pin!(serve::until_gone(Arc::clone(&supervisor), listener, unclaimed));
     let up = tokio::select! {
         biased;
         up = supervisor.start(None) => up,
@@ -116,11 +123,18 @@ pub async fn supervise() -> io::Result<()> {
         Err(error) => report(ready, &failed(error)),
     };
     if up.is_err() || (told.is_err() && kind == Kind::Create) {
-        if kind == Kind::Create {
+        if kind != Kind::Start {
             // It did not come up, or its maker is gone: nothing of it stays. What cannot be removed the next sweep finds.
             drop(supervisor.owner.remove(Ending::Cancelled).await);
         }
         return Ok(());
+    }
+    if unclaimed.is_some() {
+        tokio::select! {
+            biased;
+            served = &mut serving => return served,
+            () = supervisor.make_ready() => {}
+        }
     }
     serving.await
 }
@@ -140,7 +154,7 @@ fn report(mut ready: File, report: &Report) -> io::Result<()> {
 
 /// Without an engine there is only the task's directory to put in order; the next sweep does the rest.
 fn abandon(state_dir: &std::path::Path, id: &str, kind: Kind, lock: File) {
-    if kind == Kind::Create {
+    if kind != Kind::Start {
         drop(fs_err::remove_dir_all(state_dir.join("tasks").join(id)));
     }
     drop(lock);
@@ -188,6 +202,7 @@ impl Supervisor {
             network_changes: tokio::sync::Mutex::default(),
             cold,
             secrets,
+            claimed: watch::Sender::new(false),
             gone: watch::Sender::new(false),
         });
         let machine = TaskMachine::new(Arc::clone(&supervisor), lock);

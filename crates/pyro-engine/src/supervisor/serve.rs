@@ -10,6 +10,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{UnixListener as TokioListener, UnixStream};
 use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tokio_util::io::StreamReader;
 use tonic::{Request, Response, Status, Streaming};
@@ -24,8 +25,9 @@ use crate::place::Place;
 use crate::spec::{Command, ExecSpec};
 use crate::task::supervisor_proto::supervisor_server::{Supervisor as Service, SupervisorServer};
 use crate::task::supervisor_proto::{
-    CancelRequest, DeleteRequest, Done, ExecInput, FollowRequest, HelloReply, HelloRequest, NetworkReply,
-    NetworkRequest, PortsReply, PortsRequest, StartRequest, StopRequest, exec_input,
+    CancelRequest, ClaimRequest, Claimed, DeleteRequest, Done, ExecInput, FollowRequest, HelloReply,
+    HelloRequest, NetworkReply, NetworkRequest, PortsReply, PortsRequest, ReleaseRequest, StartRequest,
+    StopRequest, exec_input,
 };
 use crate::task::{GENERATION, to_status};
 
@@ -40,12 +42,28 @@ const GUEST_SYNCS: Duration = Duration::from_secs(1);
 const TERMINATED: Duration = Duration::from_millis(1600);
 
 /// Answers callers until the task is gone.
-pub(super) async fn until_gone(supervisor: Arc<Supervisor>, listener: UnixListener) -> io::Result<()> {
+///
+/// `unclaimed`: a machine that is kept ready ends when nobody has claimed it for so long.
+pub(super) async fn until_gone(
+    supervisor: Arc<Supervisor>,
+    listener: UnixListener,
+    unclaimed: Option<Duration>,
+) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = TokioListener::from_std(listener)?;
     let mut gone = supervisor.gone.subscribe();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    let life = Alarm::after(supervisor.file().life_left())?;
+    let mut life = Alarm::after(supervisor.file().life_left())?;
+    let mut claimed = supervisor.claimed.subscribe();
+    let unclaimed = unclaimed.map(Alarm::after).transpose()?;
+    let nobody_came = async {
+        match &unclaimed {
+            Some(alarm) => alarm.wait().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(nobody_came);
+    let mut is_kept = true;
     drop(tokio::spawn(super::clock::follow(Arc::clone(&supervisor))));
     let mut connections = JoinSet::new();
     let mut removal = JoinSet::new();
@@ -63,6 +81,15 @@ pub(super) async fn until_gone(supervisor: Arc<Supervisor>, listener: UnixListen
             }
             // Connections that have ended are let go of.
             Some(_) = connections.join_next() => {}
+            // Its time to live begins with its owner's.
+            Ok(()) = claimed.changed() => life = Alarm::after(supervisor.file().life_left())?,
+            over = &mut nobody_came, if is_kept => {
+                over?;
+                is_kept = false;
+                let supervisor = Arc::clone(&supervisor);
+                // One that is claimed at this moment stays.
+                drop(tokio::spawn(async move { drop(supervisor.release().await) }));
+            }
             over = life.wait(), if removal.is_empty() => {
                 over?;
                 let supervisor = Arc::clone(&supervisor);
@@ -140,6 +167,7 @@ struct Calls(Arc<Supervisor>);
 impl Service for Calls {
     type ExecStream = Events;
     type FollowStream = Events;
+    type ClaimStream = ReceiverStream<Result<Claimed, Status>>;
 
     async fn exec(&self, request: Request<Streaming<ExecInput>>) -> Result<Response<Events>, Status> {
         let mut inputs = request.into_inner();
@@ -221,6 +249,16 @@ impl Service for Calls {
         })
         .await
         .map(Response::new)
+    }
+
+    async fn claim(&self, request: Request<ClaimRequest>) -> Result<Response<Self::ClaimStream>, Status> {
+        let wish = serde_json::from_slice(&request.into_inner().wish)
+            .map_err(|error| to_status(&Error::host("a request for a machine", &error)))?;
+        self.0.claim(&wish).map(Response::new).map_err(|error| to_status(&error))
+    }
+
+    async fn release(&self, _: Request<ReleaseRequest>) -> Result<Response<Done>, Status> {
+        done(self.0.release().await)
     }
 
     async fn delete(&self, _: Request<DeleteRequest>) -> Result<Response<Done>, Status> {

@@ -10,10 +10,11 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pyro_image::Environment;
 use pyro_net::Outbound;
 use pyro_net::secret::HeldSecret;
 use pyro_process::Spawn;
-use pyro_vmm::DiskCache;
+use pyro_vmm::{DiskCache, Isolation};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -42,6 +43,9 @@ const REPORTED: Duration = Duration::from_secs(200);
 pub(crate) enum Kind {
     /// For a task that is not there yet: when it does not come up, or its caller goes away, nothing stays.
     Create,
+    /// For a machine that is kept ready, for so long if nobody claims it: nobody waits for its report, and when it does not come
+    /// up, nothing stays.
+    Keep(Duration),
     /// For a task that is stopped: when it does not come up, it stays stopped.
     Start,
 }
@@ -118,6 +122,7 @@ impl From<OrderConfig> for EngineConfig {
             backend: config.backend,
             template_limit_mib: config.template_limit_mib,
             spare: false,
+            keep_ready_seconds: 0,
             policies_dir: None,
             unconfined_vmm: config.unconfined_vmm,
             max_active_vms: config.max_active_vms,
@@ -132,10 +137,24 @@ impl From<OrderConfig> for EngineConfig {
 }
 
 /// A task whose supervisor is not there yet. Dropping it removes what there is.
-struct Unborn {
+pub(super) struct Unborn {
     registry: Arc<Registry>,
     id: String,
     lock: Option<File>,
+}
+
+impl Unborn {
+    /// Another descriptor of its lock, for its supervisor.
+    pub(super) fn lock(&self) -> Result<File, Error> {
+        let lock = self.lock.as_ref().map(File::try_clone);
+        let lock = lock.transpose().map_err(|error| Error::host("a descriptor", &error))?;
+        lock.ok_or_else(|| Error::new(ErrorKind::Host, "the task has no lock"))
+    }
+
+    /// From here on its supervisor removes it: where nobody waits for the report any more, or it does not come up.
+    pub(super) fn is_the_supervisors(&mut self) {
+        drop(self.lock.take());
+    }
 }
 
 impl Drop for Unborn {
@@ -158,14 +177,39 @@ impl Engine {
         self.check(&spec)?;
         let ground = self.ground(&spec, DiskCache::Writeback, &observer).await?;
         observer.tell(Phase::Create(spec.environment.clone()));
-        let isolation = ground.as_ref().map_or("none", |(isolation, _)| isolation.as_str());
+        let mut file = self.new_file(&spec, ground.as_ref().map(|(isolation, env)| (*isolation, env)))?;
+        if let Some((_, environment)) = &ground {
+            self.describe_template(environment, &spec, &mut file.metadata);
+        }
+        let (mut unborn, file) = self.bear(file).await?;
+        let id = file.task_id.clone();
+        observer.tell(Phase::Start(id.clone()));
+        let lock = unborn.lock()?;
+        let report = self.spawn_supervisor(lock, Kind::Create, spec.cold, file, spec.secrets)?;
+        unborn.is_the_supervisors();
+        self.hear(report, &id).await?;
+        // The environment stays leased until the supervisor has its own lease.
+        drop(ground);
+        let record = self.status_task(&id).await?;
+        if let Some(reason) = record.metadata.get("cold_reason").filter(|reason| *reason != NO_TEMPLATE) {
+            observer.tell(Phase::Warning(reason.clone()));
+        }
+        Ok(record)
+    }
+
+    /// The record of a task that has no id yet, on an environment or, without one, on the host.
+    pub(super) fn new_file(
+        &self,
+        spec: &VmSpec,
+        ground: Option<(Isolation, &Environment)>,
+    ) -> Result<TaskFile, Error> {
         let created_at = now();
-        let mut file = TaskFile {
+        Ok(TaskFile {
             layout_version: LAYOUT_VERSION,
             task_id: String::new(),
             environment: spec.environment.clone(),
-            environment_version: ground.as_ref().map_or_else(String::new, |(_, env)| env.version.clone()),
-            environment_digest: ground.as_ref().map_or_else(String::new, |(_, env)| env.digest.clone()),
+            environment_version: ground.map_or_else(String::new, |(_, env)| env.version.clone()),
+            environment_digest: ground.map_or_else(String::new, |(_, env)| env.digest.clone()),
             vcpu_count: spec.vcpu_count,
             mem_mib: spec.mem_mib,
             disk_mib: spec.disk_mib,
@@ -178,51 +222,36 @@ impl Engine {
             machine_id: files::random_hex(16).map_err(|error| Error::host("random numbers", &error))?,
             state: VmState::Created,
             execution_mode: "pending".to_owned(),
-            isolation: isolation.to_owned(),
+            isolation: ground.map_or("none", |(isolation, _)| isolation.as_str()).to_owned(),
             start_mode: "cold".to_owned(),
             network: spec.network.clone(),
             ports: spec.publish.clone(),
             secrets: spec.secrets.iter().map(|held| (held.name.clone(), held.secret.clone())).collect(),
             require_isolation: spec.require_isolation.map(|tier| tier.as_str().to_owned()),
+            kept: None,
             metadata: std::collections::BTreeMap::new(),
             last_error: None,
-        };
-        if let Some((_, environment)) = &ground {
-            self.describe_template(environment, &spec, &mut file.metadata);
-        }
+        })
+    }
+
+    /// Gives a task its id, its slot and its directory.
+    pub(super) async fn bear(&self, mut file: TaskFile) -> Result<(Unborn, TaskFile), Error> {
         let engine = self.clone();
-        let (mut unborn, file) = self
-            .blocking(move || {
-                let inner = &engine.inner;
-                let cap = inner.config.max_active_vms;
-                let lease = engine.before_spare(|| inner.registry.bear_task(cap, file.promise()))?;
-                let directory = TaskDirectory::new(lease.dir.clone());
-                let unborn = Unborn {
-                    registry: Arc::clone(&inner.registry),
-                    id: lease.id.clone(),
-                    lock: Some(lease.lock),
-                };
-                directory.furnish().map_err(|error| Error::state(directory.path(), &error))?;
-                file.task_id = lease.id;
-                Ok((unborn, file))
-            })
-            .await?;
-        let id = file.task_id.clone();
-        observer.tell(Phase::Start(id.clone()));
-        let lock = unborn.lock.as_ref().map(File::try_clone);
-        let lock = lock.transpose().map_err(|error| Error::host("a descriptor", &error))?;
-        let lock = lock.ok_or_else(|| Error::new(ErrorKind::Host, "the task has no lock"))?;
-        let report = self.spawn_supervisor(lock, Kind::Create, spec.cold, file, spec.secrets)?;
-        // It is the supervisor's from here on: where nobody waits for its report any more, it removes the task.
-        drop(unborn.lock.take());
-        self.hear(report, &id).await?;
-        // The environment stays leased until the supervisor has its own lease.
-        drop(ground);
-        let record = self.status_task(&id).await?;
-        if let Some(reason) = record.metadata.get("cold_reason").filter(|reason| *reason != NO_TEMPLATE) {
-            observer.tell(Phase::Warning(reason.clone()));
-        }
-        Ok(record)
+        self.blocking(move || {
+            let inner = &engine.inner;
+            let cap = inner.config.max_active_vms;
+            let lease = engine.before_spare(|| inner.registry.bear_task(cap, file.promise()))?;
+            let directory = TaskDirectory::new(lease.dir.clone());
+            let unborn = Unborn {
+                registry: Arc::clone(&inner.registry),
+                id: lease.id.clone(),
+                lock: Some(lease.lock),
+            };
+            directory.furnish().map_err(|error| Error::state(directory.path(), &error))?;
+            file.task_id = lease.id;
+            Ok((unborn, file))
+        })
+        .await
     }
 
     /// Gives a stopped task a new supervisor, which boots its guest.
@@ -250,7 +279,7 @@ impl Engine {
         heard
     }
 
-    fn spawn_supervisor(
+    pub(super) fn spawn_supervisor(
         &self,
         lock: File,
         kind: Kind,

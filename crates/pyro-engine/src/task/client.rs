@@ -13,11 +13,12 @@ use tonic::{Code, Status};
 use crate::error::{Error, ErrorKind};
 use crate::network::{NetworkChange, TaskNetwork};
 use crate::ports::{PortChange, TaskPorts};
+use crate::task::ready::Wish;
 use crate::task::{TaskDirectory, owner, socket};
 use supervisor_proto::supervisor_client::SupervisorClient;
 use supervisor_proto::{
-    CancelRequest, DeleteRequest, Done, Event, ExecInput, FollowRequest, HelloRequest, NetworkRequest,
-    PortsRequest, StartRequest, StopRequest, event,
+    CancelRequest, ClaimRequest, Claimed, DeleteRequest, Done, Event, ExecInput, FollowRequest, HelloRequest,
+    NetworkRequest, PortsRequest, ReleaseRequest, StartRequest, StopRequest, event,
 };
 
 #[expect(
@@ -48,6 +49,12 @@ const ATTEMPTS: u32 = 2;
 pub(crate) struct Client {
     calls: SupervisorClient<Channel>,
     directory: TaskDirectory,
+}
+
+/// The ownership of a machine that was kept ready. Dropping it has the machine removed.
+pub(crate) struct Claim {
+    _held: tonic::Streaming<Claimed>,
+    _connection: Client,
 }
 
 /// What comes of a command that is run or followed.
@@ -193,6 +200,26 @@ impl Client {
         };
         let reply = reply.map_err(|status| older(&status, "publishes no ports"))?.into_inner();
         serde_json::from_slice(&reply.answer).map_err(text)
+    }
+
+    /// Asks for a machine that is kept ready.
+    pub(crate) async fn claim(self, wish: &Wish) -> Result<Claim, Error> {
+        let wish =
+            serde_json::to_vec(wish).map_err(|error| Error::host("a request for a machine", &error))?;
+        let mut calls = self.calls.clone();
+        let reply = calls.claim(ClaimRequest { wish: wish.into() }).await;
+        let mut held = reply.map_err(|status| from_status(&status))?.into_inner();
+        match held.message().await {
+            Ok(Some(Claimed {})) => Ok(Claim { _held: held, _connection: self }),
+            Ok(None) => Err(Error::new(ErrorKind::WrongState, "the machine is gone")),
+            Err(status) => Err(from_status(&status)),
+        }
+    }
+
+    /// Asks a machine that is kept ready to end.
+    pub(crate) async fn release(&self) -> Result<(), Error> {
+        let mut calls = self.calls.clone();
+        self.done(calls.release(ReleaseRequest {})).await
     }
 
     pub(crate) async fn delete(&self) -> Result<(), Error> {

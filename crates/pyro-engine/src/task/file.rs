@@ -16,6 +16,7 @@ use crate::ports::Published;
 use crate::record::VmState;
 use crate::registry::now;
 use crate::task::TaskDirectory;
+use crate::task::ready::Kept;
 
 /// The layout that this pyro writes and the newest that it reads.
 pub(crate) const LAYOUT_VERSION: u32 = 1;
@@ -58,6 +59,9 @@ pub(crate) struct TaskFile {
     /// The least tier that its guest may have.
     #[serde(default)]
     pub(crate) require_isolation: Option<String>,
+    /// A machine that is kept ready for one command, and ends with its supervisor; none: a task.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) kept: Option<Kept>,
     #[serde(default)]
     pub(crate) metadata: BTreeMap<String, String>,
     #[serde(default)]
@@ -227,6 +231,7 @@ pub(crate) mod tests {
             secrets: BTreeMap::new(),
             ports: Vec::new(),
             require_isolation: None,
+            kept: None,
             metadata: BTreeMap::new(),
             last_error: None,
         }

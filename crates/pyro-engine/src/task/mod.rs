@@ -9,6 +9,7 @@ mod file;
 pub(crate) mod journal;
 mod logs;
 pub(crate) mod owner;
+pub(crate) mod ready;
 mod record;
 mod socket;
 pub(crate) mod starts;
@@ -381,6 +382,9 @@ impl Engine {
                 TaskFile::read(&directory)?.ok_or_else(|| registry.missing("task", task_id))?
             }
         };
+        if !ready::is_listed(&file) {
+            return Err(registry.missing("task", task_id));
+        }
         let directory = registry.task_directory(task_id)?;
         let journal = directory.journal();
         let failed = |error: std::io::Error| Error::state(directory.path(), &error);
