@@ -206,7 +206,7 @@ mod tests {
     use super::*;
 
     fn chunk(number: u32) -> Chunk {
-        let stream = if number % 3 == 0 { Stream::Stderr } else { Stream::Stdout };
+        let stream = if number.is_multiple_of(3) { Stream::Stderr } else { Stream::Stdout };
         Chunk { stream, bytes: number.to_le_bytes().repeat(1 + number as usize % 5000) }
     }
 

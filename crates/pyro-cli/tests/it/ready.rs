@@ -3,7 +3,7 @@
 use fs_err as fs;
 use serde_json::Value;
 
-use crate::support::{Pyro, kill, parse, text};
+use crate::support::{Pyro, kill, parse, start, text};
 
 const RUN: [&str; 6] = ["run", "debian:12", "--mem-mib", "512", "--keep-ready", "100"];
 
@@ -117,7 +117,8 @@ fn a_machine_that_is_ready_ends_by_itself_and_with_whoever_has_it() {
 fn a_machine_that_is_ready_gives_way_and_takes_the_last_slot_from_nobody() {
     let pyro = Pyro::new();
     let with_cap = |cap: &str, line: &[&str]| {
-        let output = pyro.command(line).env("PYRO_MAX_ACTIVE_VMS", cap).output().expect("it ends");
+        let output =
+            start(pyro.command(line).env("PYRO_MAX_ACTIVE_VMS", cap)).wait_with_output().expect("it ends");
         assert!(output.status.success(), "{line:?}: {output:?}");
         text(&output.stdout).trim().to_owned()
     };
