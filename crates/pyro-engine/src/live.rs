@@ -21,8 +21,11 @@ use crate::registry::{Lease, Registry};
 use crate::template::NO_TEMPLATE;
 
 /// How long a guest may take to answer after its VMM runs. A cold boot in software emulation takes one to two
-/// seconds on an idle host and ten on a crowded one.
-const BOOT_DEADLINE: Duration = Duration::from_secs(120);
+/// seconds on an idle host, and thirty where seven processes want each processor.
+const BOOT_DEADLINE: Duration = Duration::from_secs(100);
+/// After how long the first boot is given up and another begun, in software emulation. On such a host one boot of some 150 hangs
+/// in the kernel, after its first second, for ever; the next one does not.
+const BEGIN_AGAIN: Duration = Duration::from_secs(45);
 /// The same, where the processor runs the guest: a second, and ten where that processor is itself emulated.
 const KVM_BOOT_DEADLINE: Duration = Duration::from_secs(30);
 /// How often a guest is met anew that breaks the connection before it has its identity.
@@ -76,6 +79,27 @@ pub(crate) struct Running {
     pub(crate) cold_reason: Option<String>,
 }
 
+/// Why a guest was not met.
+enum NotBegun {
+    /// It has not answered in time.
+    Silent(Error),
+    Failed(Error),
+}
+
+impl From<Error> for NotBegun {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<NotBegun> for Error {
+    fn from(not_begun: NotBegun) -> Self {
+        match not_begun {
+            NotBegun::Silent(error) | NotBegun::Failed(error) => error,
+        }
+    }
+}
+
 /// How long the two halves of a start took.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct StartTimes {
@@ -121,8 +145,23 @@ pub(crate) fn boot_deadline(vmm: &Driver) -> Duration {
 impl Running {
     /// Boots a machine and waits for its agent. Dropping the future ends whatever it had started.
     pub(crate) async fn boot(vmm: &Driver, boot: &Boot<'_>) -> Result<(Self, StartTimes), Error> {
+        if vmm.emulates() {
+            match Self::boot_within(vmm, boot, BEGIN_AGAIN).await {
+                Err(NotBegun::Silent(_)) => {}
+                Err(NotBegun::Failed(error)) => return Err(error),
+                Ok(booted) => return Ok(booted),
+            }
+        }
+        Ok(Self::boot_within(vmm, boot, boot_deadline(vmm)).await?)
+    }
+
+    async fn boot_within(
+        vmm: &Driver,
+        boot: &Boot<'_>,
+        deadline: Duration,
+    ) -> Result<(Self, StartTimes), NotBegun> {
         let (spec, network) = Self::connected(vmm, boot).await?;
-        Self::begin(vmm, boot, network, vmm.launch(&spec), boot_deadline(vmm)).await
+        Self::begin(vmm, boot, network, vmm.launch(&spec), deadline).await
     }
 
     /// As [`Running::boot`], going on where another machine was saved.
@@ -154,13 +193,13 @@ impl Running {
         network: Option<Network>,
         machine: impl Future<Output = Result<Machine, LaunchError>>,
         deadline: Duration,
-    ) -> Result<(Self, StartTimes), Error> {
+    ) -> Result<(Self, StartTimes), NotBegun> {
         let began = Instant::now();
         let machine = machine.await.map_err(|error| not_launched(&error))?;
         let start = began.elapsed();
         let identity = boot.identity.for_network(network.as_ref(), &boot.network);
         let met = tokio::select! {
-            exit = machine.wait() => return Err(boot_failed(&exit)),
+            exit = machine.wait() => return Err(boot_failed(&exit).into()),
             met = tokio::time::timeout(deadline, meet(&machine, &identity)) => met,
         };
         match met {
@@ -177,17 +216,20 @@ impl Running {
             Ok(Err(error)) => {
                 // The end of the VMM closes its channel a moment before it is known; it tells more.
                 match tokio::time::timeout(EXIT_GRACE, machine.wait()).await {
-                    Ok(exit) => Err(boot_failed(&exit)),
+                    Ok(exit) => Err(boot_failed(&exit).into()),
                     Err(_elapsed) => {
                         let console = last_lines(&machine.console_tail());
-                        Err(unavailable(&format!("phase=handshake: {error}{console}")))
+                        Err(unavailable(&format!("phase=handshake: {error}{console}")).into())
                     }
                 }
             }
             Err(_elapsed) => {
                 let console = last_lines(&machine.console_tail());
                 let seconds = deadline.as_secs();
-                Err(unavailable(&format!("phase=boot: no answer within {seconds} s{console}")))
+                // Its disk is free for another when this returns.
+                machine.kill().await;
+                let text = format!("phase=boot: no answer within {seconds} s{console}");
+                Err(NotBegun::Silent(unavailable(&text)))
             }
         }
     }

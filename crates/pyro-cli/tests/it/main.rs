@@ -22,3 +22,4 @@ mod stuck;
 mod support;
 mod task;
 mod template;
+mod waits;
