@@ -68,6 +68,7 @@ fn a_caller_that_dies_is_no_end_of_the_input() {
     let id = pyro.create();
     let mut child = with_stdin(&pyro, &["task", "exec", &id, "--", "sh", "-c", "cat > in; echo committed"]);
     child.stdin.as_mut().expect("a pipe").write_all(b"first half").expect("written");
+    pyro.until("it is the first", |pyro| pyro.status(&id)["command_count"] == 1);
     pyro.until("it has come", |pyro| text(&pyro.exec(&id, "cat in").stdout) == "first half");
     kill(process(&child), "KILL");
     child.wait().expect("it is gone");
