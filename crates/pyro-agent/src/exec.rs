@@ -34,6 +34,8 @@ use crate::user::User;
 /// How long processes that the main process has left behind are waited for, while they may still write. What is in the
 /// pipes at its end is read whole, however long that takes.
 const LINGER: Duration = Duration::from_secs(2);
+/// How much of a program's or a directory's name is told, in characters.
+const MOST_NAMED: usize = 1000;
 /// How long a killed process may take to be gone.
 const KILLED_WITHIN: Duration = Duration::from_secs(5);
 
@@ -191,7 +193,7 @@ impl Running {
         let (tell_end, end) = watch::channel(false);
         let out = pump(self.stdout, events, end.clone(), exec_event::Kind::Stdout);
         let err = pump(self.stderr, events, end.clone(), exec_event::Kind::Stderr);
-        let feed = feed(inputs, self.stdin, process.pid);
+        let feed = feed(inputs, self.stdin);
         let input = async move {
             let mut end = end;
             tokio::select! {
@@ -302,15 +304,16 @@ impl Words {
     }
 
     fn refused(&self, error: LaunchError, cwd: &CString) -> ExecRefused {
-        let program = self.argv[0].to_string_lossy();
+        // The host takes no long message.
+        let named = |name: &CString| -> String { name.to_string_lossy().chars().take(MOST_NAMED).collect() };
         match error {
             LaunchError::Prepare(error) => refused(&error.into(), "the agent could not prepare the command"),
             LaunchError::Directory(Errno::NOENT | Errno::NOTDIR) => ExecRefused {
                 reason: exec_refused::Reason::NoSuchDirectory.into(),
-                message: format!("no such directory: {}", cwd.to_string_lossy()),
+                message: format!("no such directory: {}", named(cwd)),
             },
-            LaunchError::Directory(error) => refused(&error.into(), &cwd.to_string_lossy()),
-            LaunchError::Execute(error) => refused(&error.into(), &program),
+            LaunchError::Directory(error) => refused(&error.into(), &named(cwd)),
+            LaunchError::Execute(error) => refused(&error.into(), &named(&self.argv[0])),
         }
     }
 }
@@ -428,8 +431,8 @@ async fn discard(mut from: pipe::Receiver) {
     while matches!(from.read(&mut buffer).await, Ok(1..)) {}
 }
 
-/// Gives the host's bytes and signals to the command.
-async fn feed(mut inputs: Streaming<ExecInput>, mut stdin: Option<pipe::Sender>, group: Pid) {
+/// Gives the host's bytes to the command.
+async fn feed(mut inputs: Streaming<ExecInput>, mut stdin: Option<pipe::Sender>) {
     loop {
         let input = match inputs.message().await {
             Ok(Some(input)) => input,
@@ -447,11 +450,6 @@ async fn feed(mut inputs: Streaming<ExecInput>, mut stdin: Option<pipe::Sender>,
                 }
             }
             Some(exec_input::Kind::StdinEnd(_)) => stdin = None,
-            Some(exec_input::Kind::Signal(number)) => {
-                if let Some(signal) = i32::try_from(number).ok().and_then(Signal::from_named_raw) {
-                    _ = rustix::process::kill_process_group(group, signal);
-                }
-            }
             Some(exec_input::Kind::Start(_)) | None => {}
         }
     }

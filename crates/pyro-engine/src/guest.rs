@@ -147,7 +147,7 @@ impl Guest {
             .await
             .map_err(other)?;
         let mut client = AgentClient::new(channel)
-            .max_decoding_message_size(limits::MESSAGE)
+            .max_decoding_message_size(limits::EVENT)
             .max_encoding_message_size(limits::MESSAGE);
         let hello = client.hello(HelloRequest { generation: GENERATION }).await.map_err(other)?;
         let generation = hello.get_ref().generation;

@@ -4,6 +4,10 @@
 /// request with long arguments.
 pub const MESSAGE: usize = 4 << 20;
 
+/// The largest message of a guest, in bytes: a [`CHUNK`], or words about a program. A host decodes no more at once, whatever a
+/// hostile guest says.
+pub const EVENT: usize = 128 << 10;
+
 /// The largest piece of stdin, stdout or stderr in one message, in bytes.
 pub const CHUNK: usize = 64 << 10;
 
