@@ -106,6 +106,11 @@ pub async fn supervise() -> io::Result<()> {
             return report(ready, &failed(&error));
         }
     };
+    let mut ready = Some(ready);
+    if matches!(kind, Kind::Keep(_)) {
+        // Whoever made it does not wait for its guest; it may be gone by then.
+        drop(ready.take().map(|ready| report(ready, &Report::Ready)));
+    }
     // Callers are answered while the guest comes up: a stop or a removal cuts that short.
     let unclaimed = match kind {
         Kind::Keep(unclaimed) => Some(unclaimed),
@@ -118,9 +123,10 @@ pub async fn supervise() -> io::Result<()> {
         // It was told to end by a signal.
         served = &mut serving => return served,
     };
-    let told = match &up {
-        Ok(()) => report(ready, &Report::Ready),
-        Err(error) => report(ready, &failed(error)),
+    let told = match (ready, &up) {
+        (None, _) => Ok(()),
+        (Some(ready), Ok(())) => report(ready, &Report::Ready),
+        (Some(ready), Err(error)) => report(ready, &failed(error)),
     };
     if up.is_err() || (told.is_err() && kind == Kind::Create) {
         if kind != Kind::Start {

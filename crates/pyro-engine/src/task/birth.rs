@@ -43,8 +43,8 @@ const REPORTED: Duration = Duration::from_secs(200);
 pub(crate) enum Kind {
     /// For a task that is not there yet: when it does not come up, or its caller goes away, nothing stays.
     Create,
-    /// For a machine that is kept ready, for so long if nobody claims it: nobody waits for its report, and when it does not come
-    /// up, nothing stays.
+    /// For a machine that is kept ready, for so long if nobody claims it: it reports once it is the owner, and when its guest
+    /// does not come up, nothing stays.
     Keep(Duration),
     /// For a task that is stopped: when it does not come up, it stays stopped.
     Start,
@@ -326,7 +326,7 @@ impl Engine {
 impl Engine {
     /// Waits for the supervisor's report. One that is stopped or stuck is killed: what it has left is put in order by the next
     /// look at the task.
-    async fn hear(&self, report: File, id: &str) -> Result<(), Error> {
+    pub(super) async fn hear(&self, report: File, id: &str) -> Result<(), Error> {
         let Ok(heard) = tokio::time::timeout(REPORTED, hear(report, id)).await else {
             let directory = self.inner.registry.task_path(id);
             let (engine, id) = (self.clone(), id.to_owned());

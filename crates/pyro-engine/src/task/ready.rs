@@ -118,35 +118,27 @@ impl Engine {
             ttl_seconds: vm.ttl_seconds,
             require_isolation: vm.require_isolation.map(|tier| tier.as_str().to_owned()),
         };
-        let claimed = self.claim(&wish).await;
-        let used = claimed.as_ref().map(|(id, _)| id.clone());
-        let result = match claimed {
-            Some((id, claim)) => self.run_in(&vm, (&id, claim), exec, &observer, began).await,
-            None => self.run(vm.clone(), exec, observer).await,
+        let Some((id, claim)) = self.claim(&wish).await else {
+            let result = self.run(vm.clone(), exec, observer).await;
+            // The next command goes without where this fails.
+            drop(self.keep_ready(&vm, &environment, shape, keep, None).await);
+            return result;
         };
-        // The next command goes without where this one fails.
-        drop(self.keep_ready(&vm, &environment, shape, keep, used.as_deref()).await);
-        result
-    }
-
-    /// Runs a command in a machine that was claimed, and removes every trace of it.
-    async fn run_in(
-        &self,
-        vm: &VmSpec,
-        (id, claim): (&str, Claim),
-        exec: ExecSpec,
-        observer: &Observer,
-        began: Instant,
-    ) -> Result<ExecResult, Error> {
+        let id = id.as_str();
         observer.tell(Phase::Create(vm.environment.clone()));
         observer.tell(Phase::Start(id.to_owned()));
         let prepare = began.elapsed();
         observer.tell(Phase::Execute(id.to_owned()));
-        let result = self.exec_task(id, exec, observer.clone()).await;
+        let result = self.exec_task(id, exec, observer).await;
         let cleaning = Instant::now();
-        let removed = self.delete_task(id).await;
+        let next = self.keep_ready(&vm, &environment, shape.clone(), keep, Some(id));
+        let (removed, kept) = tokio::join!(self.delete_task(id), next);
         // Until here its loss would have ended the machine.
         drop(claim);
+        if !kept.unwrap_or(true) {
+            // Its slot is free now.
+            drop(self.keep_ready(&vm, &environment, shape, keep, Some(id)).await);
+        }
         let result = result?;
         Ok(ExecResult {
             timings: Timings {
@@ -179,7 +171,7 @@ impl Engine {
         Some((note.task_id, claim))
     }
 
-    /// Makes a machine ready for the next command of this kind, in its own time.
+    /// Makes a machine ready for the next command of this kind, in its own time; false where there is no slot for it.
     async fn keep_ready(
         &self,
         vm: &VmSpec,
@@ -187,24 +179,24 @@ impl Engine {
         shape: Shape,
         keep: Duration,
         used: Option<&str>,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         let inner = &self.inner;
         // One process does this at a time; another need not wait for it.
         let path = inner.registry.state_dir().join("ready.lock");
-        let Ok(_making) = lock::Moment::wait_for(&path, Duration::ZERO) else { return Ok(()) };
+        let Ok(_making) = lock::Moment::wait_for(&path, Duration::ZERO) else { return Ok(true) };
         if let Some(note) = self.read_note().filter(|note| used != Some(note.task_id.as_str())) {
             let directory = inner.registry.task_path(&note.task_id);
             let there = tokio::time::timeout(ANSWERS, Client::connect(&directory)).await;
             if let Ok(Ok(Some(client))) = there {
                 if note.shape == shape {
-                    return Ok(());
+                    return Ok(true);
                 }
                 drop(tokio::time::timeout(ANSWERS, client.release()).await);
             }
         }
         // One slot stays free for the next who asks.
         if self.live_vms()? + 1 >= inner.config.max_active_vms {
-            return Ok(());
+            return Ok(false);
         }
         let isolation = self.isolation()?;
         let life =
@@ -215,10 +207,12 @@ impl Engine {
         let (mut unborn, file) = self.bear(file).await?;
         let note = Note { task_id: file.task_id.clone(), shape };
         let lock = unborn.lock()?;
-        // Nobody waits for its report: it removes itself where it does not come up.
-        drop(self.spawn_supervisor(lock, Kind::Keep(keep), false, file, Vec::new())?);
+        let report = self.spawn_supervisor(lock, Kind::Keep(keep), false, file, Vec::new())?;
         unborn.is_the_supervisors();
-        self.write_note(&note).map_err(|error| Error::state(inner.registry.state_dir(), &error))
+        self.write_note(&note).map_err(|error| Error::state(inner.registry.state_dir(), &error))?;
+        // Until it is the owner, it would be taken for a dead process's. It does not wait for its guest.
+        self.hear(report, &note.task_id).await?;
+        Ok(true)
     }
 
     /// Ends the machine that is ready where another was refused for want of what it holds; whether there was one.
