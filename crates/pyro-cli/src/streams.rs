@@ -1,6 +1,7 @@
 //! The standard streams of a command that runs elsewhere: its output to ours as it arrives, ours to its input.
 
 use std::io::{self, IsTerminal, Read, Write};
+use std::os::fd::AsFd;
 
 use pyro_engine::{Chunk, Stream};
 use tokio::io::AsyncRead;
@@ -61,9 +62,16 @@ fn write_all(mut chunks: mpsc::Receiver<Chunk>) -> Written {
     Written::All
 }
 
-/// Our stdin, unless it is a terminal: the command would wait for keys that nobody knows to press.
+/// Our stdin, unless it is a terminal: the command would wait for keys that nobody knows to press. The null device is what a
+/// command without input has anyway.
 pub(crate) fn stdin() -> Option<Box<dyn AsyncRead + Send + Unpin>> {
-    if io::stdin().is_terminal() { None } else { Some(Box::new(read_stdin())) }
+    if io::stdin().is_terminal() || is_null(io::stdin()) { None } else { Some(Box::new(read_stdin())) }
+}
+
+fn is_null(file: impl AsFd) -> bool {
+    let null = rustix::fs::stat("/dev/null");
+    let own = rustix::fs::fstat(file);
+    matches!((own, null), (Ok(own), Ok(null)) if own.st_rdev == null.st_rdev && own.st_mode == null.st_mode)
 }
 
 /// Our stdin and our stdout for a protocol, which then has stdout for itself: whatever else is printed goes to stderr.

@@ -24,7 +24,7 @@ fn what_one_terminal_makes_another_uses_and_neither_is_needed() {
     assert_eq!(text(&pyro.exec(&id, "cat g").stdout), "ended\n");
     let status = pyro.status(&id);
     assert_eq!((&status["state"], &status["command_count"]), (&"started".into(), &4.into()));
-    assert_eq!(status["last_command"]["command"], "sh -c cat g");
+    assert_eq!(status["last_command"]["command"], "sh -c 'cat g'");
     pyro.ok(&["task", "delete", &id]);
     let gone = pyro.json(&["task", "status", &id, "--json"]);
     assert_eq!(gone["error"], format!("task '{id}' does not exist"));
@@ -52,7 +52,7 @@ fn a_task_says_what_it_is_in_the_words_of_the_contract() {
     }
     let logs = pyro.ok(&["task", "logs", &id]);
     assert!(logs.starts_with("#1 exit_code=3 duration_ms="), "{logs}");
-    assert!(logs.ends_with("cwd=/workspace\n$ sh -c echo out; echo err >&2; exit 3\nout\nerr"), "{logs}");
+    assert!(logs.ends_with("cwd=/workspace\n$ sh -c 'echo out; echo err >&2; exit 3'\nout\nerr"), "{logs}");
     let entry = fs::read_to_string(pyro.task_file(&id, "commands/000001.json")).expect("a plain file");
     assert!(
         entry.contains("\"exit_code\": 3") && entry.contains("\"stdout_file\": \"000001.stdout\""),
