@@ -19,7 +19,7 @@ pub(crate) struct User {
     pub(crate) gid: u32,
     /// The other groups.
     pub(crate) groups: Vec<u32>,
-    /// None where the guest has no such user, but a number was given.
+    /// Absent where a number was given that the guest does not know.
     pub(crate) name: Option<CString>,
     pub(crate) home: CString,
 }
@@ -82,7 +82,7 @@ impl User {
         };
         let groups = || group.lines().filter(lines("group")).map(|line| line.split(':').collect::<Vec<_>>());
         match wanted_group {
-            // Whoever names a group wants that one alone.
+            // A group that is named is the only one.
             Some(wanted) => {
                 let named = groups().find(|entry| entry[0] == wanted).and_then(|entry| entry[2].parse().ok());
                 found.gid = named
@@ -98,6 +98,10 @@ impl User {
                     found.groups = ids.take(MOST_GROUPS).collect();
                 }
             }
+        }
+        // To the kernel this number says that nothing is to change: the command would stay root.
+        if found.uid == u32::MAX || found.gid == u32::MAX {
+            return Err(UserError::NoUser(words.to_owned()));
         }
         Ok(found)
     }
@@ -149,6 +153,8 @@ mod tests {
         assert_eq!(find(""), Err("no such user: ".to_owned()));
         assert_eq!(find("-1"), Err("no such user: -1".to_owned()));
         assert_eq!(find("odd"), Err("no such user: odd".to_owned()));
+        assert_eq!(find("4294967295"), Err("no such user: 4294967295".to_owned()));
+        assert_eq!(find("ann:4294967295"), Err("no such user: ann:4294967295".to_owned()));
         assert_eq!(find("ann:"), Err("no such group: ".to_owned()));
     }
 }
