@@ -34,7 +34,7 @@ use crate::user::User;
 /// How long processes that the main process has left behind are waited for, while they may still write. What is in the
 /// pipes at its end is read whole, however long that takes.
 const LINGER: Duration = Duration::from_secs(2);
-/// How much of a program's or a directory's name is told, in characters.
+/// The longest name of a program or a directory in a message, in characters.
 const MOST_NAMED: usize = 1000;
 /// How long a killed process may take to be gone.
 const KILLED_WITHIN: Duration = Duration::from_secs(5);

@@ -150,7 +150,7 @@ impl Waiting {
         Ok(())
     }
 
-    /// The next piece, and where it ends; none where there is none.
+    /// Reads the next piece, if there is one; tells where it ends.
     fn next(&self) -> io::Result<Option<(Chunk, u64)>> {
         let at = {
             let state = self.state();

@@ -18,7 +18,7 @@ use crate::failure::Failure;
 use crate::printer::Printer;
 use crate::streams::Forwarder;
 
-/// How long input may take before somebody is told that it is waited for.
+/// After how long a person is told that pyro waits for the end of stdin.
 const SLOW_INPUT: std::time::Duration = std::time::Duration::from_secs(3);
 
 /// Resolves to an exit code at a signal.

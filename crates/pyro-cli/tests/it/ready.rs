@@ -72,7 +72,7 @@ fn a_machine_that_is_ready_serves_once_and_is_nobodys_task() {
     let ready = ready(&pyro);
     let refused = pyro.json(&["task", "status", &ready, "--json"]);
     assert_eq!(refused["code"], "not_found", "{refused}");
-    // One of another kind takes its place; whoever asks for nothing leaves it alone.
+    // A command without the flag leaves it alone; one of another kind takes its place.
     let plain = pyro.json(&["run", "debian:12", "--mem-mib", "512", "--json", "--", "true"]);
     assert_ne!(plain["vm_id"], ready.as_str());
     run(&pyro, &["--disk-mib", "4096"], &["true"]);

@@ -108,7 +108,7 @@ pub async fn supervise() -> io::Result<()> {
     };
     let mut ready = Some(ready);
     if matches!(kind, Kind::Keep(_)) {
-        // Whoever made it does not wait for its guest; it may be gone by then.
+        // The process that made it does not wait for the guest, and may be gone by then.
         drop(ready.take().map(|ready| report(ready, &Report::Ready)));
     }
     // Callers are answered while the guest comes up: a stop or a removal cuts that short.

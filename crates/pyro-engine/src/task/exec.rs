@@ -272,7 +272,7 @@ impl Engine {
         .await
     }
 
-    /// One entry of a task's journal; none where there is no such command.
+    /// Reads one entry of a task's journal, if there is such a command.
     ///
     /// # Errors
     /// When there is no such task, or its journal cannot be read.

@@ -3,7 +3,7 @@
 //!
 //! It is a task that no list shows: it has a row, a lock and a time to live, counts towards the cap, and is removed like any
 //! task whose supervisor is gone. It leaves one slot free, gives way to machines that are asked for, and ends by itself
-//! when nobody has claimed it for some time. Whoever claims it owns it: when that process goes away, so does the machine.
+//! when nobody has claimed it for some time. The process that claims it owns it: when that one goes away, so does the machine.
 
 use std::io;
 use std::path::PathBuf;
@@ -159,7 +159,7 @@ impl Engine {
         })
     }
 
-    /// Takes the machine that is ready, if it serves; none where it does not, for whatever reason.
+    /// Claims the machine that is ready. Without one that serves, the caller starts its own.
     async fn claim(&self, wish: &Wish) -> Option<(String, Claim)> {
         let note = self.read_note()?;
         if note.shape != wish.shape {
